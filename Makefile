@@ -1,0 +1,52 @@
+# make quickstart: the main job on a real model.  make test: what every change must pass.  make help: the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# pip's resolver is told of torch first, so that a CPU build that is already at hand is not replaced by a larger one.
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: help install quickstart quickstart-short test test-full check format bench clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+$(VENV)/.demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints.txt torch
+	$(PIP) install --constraint constraints.txt --editable '.[demo,report]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) install --constraint constraints.txt --editable '.[demo,dev]'
+	@touch $@
+
+install: $(VENV)/.dev  ## everything for working on lingraft, into .venv
+
+quickstart: $(VENV)/.demo  ## English labels in, adapters for three languages out
+	$(BIN)/lingraft quickstart
+
+quickstart-short: $(VENV)/.demo
+	$(BIN)/lingraft quickstart --short --out runs/quickstart-short
+
+check: $(VENV)/.dev  ## style, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+test: check  ## checks and tests
+	$(BIN)/python -m pytest -m 'not full'
+
+test-full: check  ## the tests that take long, too
+	$(BIN)/python -m pytest
+
+format: $(VENV)/.dev  ## put the code in shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev  ## measure
+	$(BIN)/python benchmarks/losses.py
+
+clean:
+	rm -rf $(VENV) build dist

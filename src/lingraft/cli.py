@@ -1,0 +1,285 @@
+"""The command line: verbs, their options, and exit codes. A verb's code is imported when the verb is used."""
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lingraft import __version__
+from lingraft.errors import Interrupted, LingraftError, UserError
+
+EPILOG = "Exit codes: 0 done, 1 failed, 2 a mistake in the request."
+FOLDER = click.Path(path_type=Path)
+
+
+class _Lines(click.Group):
+    """Verbs in the order of the work, not of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(
+    cls=_Lines,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog=EPILOG,
+)
+@click.version_option(__version__, prog_name="lingraft")
+def main() -> None:
+    """Graft what a language model can do in one language onto another.
+
+    Train small adapters on a frozen model, merge them across languages (AdaMergeX), and compare honestly.
+    Begin with: lingraft quickstart
+    """
+
+
+def verb(function: Callable[..., Any]) -> Callable[..., None]:
+    """Gives a verb `--json` and `--debug`, and turns errors into one clear message and an exit code."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print the result, or the error, as JSON.")
+    @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+    @functools.wraps(function)
+    def wrapped(as_json: bool, debug: bool, **options: Any) -> None:
+        try:
+            _messages()
+            result = function(as_json=as_json, **options)
+            if as_json and result is not None:
+                click.echo(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+        except LingraftError as error:
+            _fail(error, as_json, debug)
+        except KeyboardInterrupt:
+            _fail(
+                Interrupted("interrupted", remedy="run the same command again: what was finished is kept"),
+                as_json,
+                debug,
+            )
+        except click.ClickException:
+            raise
+        except Exception as error:
+            if debug:
+                raise
+            known = LingraftError(
+                f"unexpected {type(error).__name__}: {error}",
+                remedy="run again with --debug and report the traceback",
+            )
+            _fail(known, as_json, debug)
+
+    return wrapped
+
+
+def _messages() -> None:
+    import logging
+    import warnings
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if category.__module__.startswith("lingraft"):
+            click.echo(f"warning: {message}", err=True)
+
+    warnings.showwarning = show
+    log = logging.getLogger("lingraft")
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
+
+
+def _fail(error: LingraftError, as_json: bool, debug: bool) -> None:
+    if debug:
+        raise error
+    if as_json:
+        click.echo(json.dumps(error.as_dict(), ensure_ascii=False))
+    else:
+        click.echo(f"error: {error}", err=True)
+    sys.exit(error.exit_code)
+
+
+def _run_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option(
+            "--store",
+            type=FOLDER,
+            help="Folder of finished steps, shared by runs.  [default: `store` beside --out]",
+        ),
+        click.option("--on", default="local", show_default=True, help="Where to run."),
+        click.option("--dry-run", is_flag=True, help="Say what would run, and about how long; do nothing."),
+    ):
+        function = option(function)
+    return function
+
+
+@main.command()
+@click.option("--out", type=FOLDER, default=Path("runs/quickstart"), show_default=True)
+@click.option("--short", is_flag=True, help="A few training steps only, to see that everything works.")
+@_run_options
+@verb
+def quickstart(out: Path, short: bool, store: Path | None, on: str, dry_run: bool, as_json: bool) -> Any:
+    """The main job on a real model with bundled data: labels in English, adapters for three languages out."""
+    from lingraft import commands
+
+    recipe = Path(__file__).parent / "recipes" / "quickstart.yaml"
+    return commands.run_experiment(recipe, commands.SHORT if short else (), None, out, store, on, dry_run, as_json)
+
+
+@main.command()
+@click.argument("experiment", type=FOLDER)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--data-dir", help="Upstream files of the data sets; 'bundled' for lingraft's own.")
+@click.option("--out", type=FOLDER, help="Folder of the results.  [default: runs/<name>]")
+@_run_options
+@verb
+def run(
+    experiment: Path,
+    overrides: tuple[str, ...],
+    data_dir: str | None,
+    out: Path | None,
+    store: Path | None,
+    on: str,
+    dry_run: bool,
+    as_json: bool,
+) -> Any:
+    """Carry out an experiment (YAML): train, choose λ, merge, evaluate, report. Run again, it goes on where it stopped."""
+    from lingraft import commands
+
+    return commands.run_experiment(experiment, overrides, data_dir, out, store, on, dry_run, as_json)
+
+
+def _model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--tasks", "tasks_file", type=FOLDER, help="YAML with your own tasks (a `tasks:` mapping)."),
+        click.option("--data-dir", help="Folder of the data; 'bundled' for lingraft's own; absent: the hub."),
+        click.option(
+            "--dtype",
+            default="bfloat16",
+            show_default=True,
+            type=click.Choice(["bfloat16", "float16", "float32"]),
+        ),
+        click.option("--device", default="auto", show_default=True),
+        click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
+        click.option("--revision", help="Commit of a hub model."),
+        click.option("--language", required=True, help="Language code, such as sw."),
+        click.option("--task", required=True, help="A task (lingraft tasks), or clm for plain text."),
+        click.option("--model", required=True, help="'demo', a folder, a .gguf file, or a hub id."),
+    ):
+        function = option(function)
+    return function
+
+
+@main.command()
+@_model_options
+@click.option("--text", help="For clm: path of the text below --data-dir, with {language} in it.")
+@click.option("--adapter", default="lora", show_default=True, type=click.Choice(["lora"]))
+@click.option("--seed", default=0, show_default=True)
+@click.option("--start-from", type=FOLDER, help="An adapter to go on from.")
+@click.option("--out", type=FOLDER, required=True)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@verb
+def train(**options: Any) -> Any:
+    """Train an adapter on a task's labels, or on plain text (--task clm).
+
+    KEY=VALUE sets training.…, adapter.… or reference.… values, for example training.epochs=1.
+    """
+    from lingraft import commands
+
+    return commands.train_adapter(**options)
+
+
+@main.command()
+@_model_options
+@click.option("--adapter", type=FOLDER, help="Folder of an adapter; absent: the base model alone.")
+@click.option("--split", default="test", show_default=True)
+@click.option("--limit", type=int, help="So many items, the same in every language.")
+@click.option("--scoring", default="auto", show_default=True, type=click.Choice(["auto", "first_token", "sequence"]))
+@click.option("--out", type=FOLDER, required=True)
+@verb
+def evaluate(**options: Any) -> Any:
+    """Score a model, with or without an adapter, by label likelihood."""
+    from lingraft import commands
+
+    return commands.evaluate_model(**options)
+
+
+@main.command()
+@click.option("--target-ref", type=FOLDER, required=True, help="Reference adapter of the target language.")
+@click.option("--source-ref", type=FOLDER, required=True, help="Reference adapter of the source language.")
+@click.option("--out", type=FOLDER, required=True)
+@verb
+def divergence(target_ref: Path, source_ref: Path, out: Path, as_json: bool) -> Any:
+    """Save how two languages differ, once, to be grafted onto every task. Needs no base model."""
+    from lingraft import commands
+
+    return commands.save_divergence(target_ref, source_ref, out, as_json)
+
+
+@main.command()
+@click.option("--task", type=FOLDER, required=True, help="The task's adapter.")
+@click.option("--target-ref", type=FOLDER, help="Reference adapter of the target language.")
+@click.option("--source-ref", type=FOLDER, help="Reference adapter of the source language.")
+@click.option("--divergence", "divergence_dir", type=FOLDER, help="A saved divergence, instead of the two references.")
+@click.option("--weight", type=float, required=True, help="λ: how much of the divergence is added.")
+@click.option("--space", default="factors", show_default=True, type=click.Choice(["factors", "product"]))
+@click.option("--modules", default="all", show_default=True, help="Names or roles, with commas: q_proj,attention.value")
+@click.option("--out-rank", type=int, help="Compress to this rank (product space).")
+@click.option("--verify", is_flag=True, help="Print ‖ΔW_out − ΔW_expected‖ / ‖ΔW_expected‖.")
+@click.option("--out", type=FOLDER, required=True)
+@verb
+def merge(**options: Any) -> Any:
+    """Graft a divergence onto a task: T + λ(R_t − R_s). Needs no base model; the result opens in PEFT."""
+    from lingraft import commands
+
+    return commands.merge_adapters(**options)
+
+
+@main.command()
+@click.argument("folders", nargs=-1, type=FOLDER, required=True)
+@verb
+def inspect(folders: tuple[Path, ...], as_json: bool) -> Any:
+    """Show an adapter or divergence; of two adapters, how alike they are, by layer."""
+    from lingraft import commands
+
+    if len(folders) > 2:
+        raise UserError("inspect takes one folder or two")
+    return commands.inspect_folders(folders, as_json)
+
+
+@main.command()
+@click.argument("run_dir", metavar="RUN", type=FOLDER)
+@verb
+def report(run_dir: Path, as_json: bool) -> Any:
+    """Show a run's results, and write them as Markdown, CSV and JSON into its folder."""
+    from lingraft import commands
+
+    return commands.show_report(run_dir, as_json)
+
+
+@main.command()
+@verb
+def tasks(as_json: bool) -> Any:
+    """List the tasks."""
+    from lingraft import commands
+
+    return commands.list_tasks(as_json)
+
+
+@main.command()
+@verb
+def methods(as_json: bool) -> Any:
+    """List the methods an experiment can compare."""
+    from lingraft import commands
+
+    return commands.list_methods(as_json)
+
+
+@main.command()
+@verb
+def schema(as_json: bool) -> Any:
+    """Print the JSON schema of an experiment."""
+    from lingraft.config import Experiment
+
+    click.echo(json.dumps(Experiment.model_json_schema(), indent=2))
+
+
+if __name__ == "__main__":
+    main()

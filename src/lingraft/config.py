@@ -1,0 +1,295 @@
+"""What a user may ask for: frozen values that refuse unknown keys, read from YAML and `key=value` overrides."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lingraft.errors import ConfigError, suggestion
+
+LanguageCode = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,31}$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Weight = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+
+
+class Config(BaseModel):
+    """A frozen value that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def key(self, *without: str) -> dict[str, Any]:
+        """The value as plain data for a step's key, less the fields named."""
+        return self.model_dump(mode="json", exclude=set(without))
+
+
+ConfigType = TypeVar("ConfigType", bound=Config)
+
+
+class BackboneConfig(Config):
+    """A frozen base model."""
+
+    model: str = Field(description="'demo', a folder, a .gguf file, or a hub id")
+    revision: str | None = Field(None, description="commit of a hub model; resolved once and recorded if absent")
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    device: str = Field(default="auto", description="'auto', 'cpu', 'cuda', 'cuda:0', 'mps'")
+    trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
+
+
+class AdapterConfig(Config):
+    """The structure of an adapter."""
+
+    family: Literal["lora"] = "lora"
+    rank: int = Field(default=8, ge=1, le=4096)
+    alpha: float = Field(default=16, gt=0)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    modules: str | tuple[str, ...] = Field(
+        default="all", description="'all' linear layers, or names and roles such as q_proj, attention.query"
+    )
+
+
+class TrainingConfig(Config):
+    """How an adapter is trained. The defaults are the paper's (LoRA)."""
+
+    learning_rate: float = Field(default=2e-4, gt=0)
+    epochs: float = Field(default=3, ge=0)
+    batch_size: int = Field(default=8, ge=1)
+    warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps")
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = Field(default=0, ge=0)
+    clip: float = Field(default=0.3, gt=0, description="maximum gradient norm")
+    max_length: int = Field(default=1024, ge=8, description="tokens; longer prompts lose their beginning")
+    loss_positions: float = Field(
+        default=1.0, gt=0, le=1, description="share of the positions at which language modelling takes a loss"
+    )
+    group_by_length: bool = Field(
+        default=True, description="batches of similar length (off: the order of the seed alone)"
+    )
+
+
+class ReferenceConfig(Config):
+    """The reference task: language modelling on plain text, which needs no labels."""
+
+    task: Literal["clm"] = "clm"
+    text: str = Field(description="path with {language} in it, below the data folder")
+    unit: Literal["packed", "line"] = Field(
+        "packed",
+        description="'packed': equal segments of running text; 'line': one segment a line (parallel text)",
+    )
+    segment_tokens: int = Field(default=512, ge=8, description="length of a segment, in tokens")
+    max_segments: int | None = Field(default=None, ge=1, description="the same number in every language")
+
+
+class MergeConfig(Config):
+    """Which sites are merged, and to what rank a product-space merge is compressed."""
+
+    modules: str | tuple[str, ...] = "all"
+    out_rank: int | None = Field(
+        default=None, ge=1, description="rank kept in product space; absent: exact, three times the rank"
+    )
+
+
+class SelectionConfig(Config):
+    """How λ is chosen: on the development languages only, by mean gold log-likelihood."""
+
+    weights: tuple[Weight, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+    splits: tuple[Literal["train", "validation"], ...] = ("validation",)
+    limit: int | None = Field(default=None, ge=1, description="items per language and split")
+    weight: Weight | None = Field(default=None, description="a fixed λ: nothing is chosen")
+
+    @model_validator(mode="after")
+    def _sorted(self) -> "SelectionConfig":
+        if not self.weights and self.weight is None:
+            raise ValueError("give at least one weight")
+        object.__setattr__(self, "weights", tuple(sorted({w for w in self.weights if w > 0})))
+        return self
+
+
+class EvaluationConfig(Config):
+    """How a model is scored."""
+
+    split: Literal["validation", "test"] = "test"
+    limit: int | None = Field(default=None, ge=1, description="items per language")
+    scoring: Literal["auto", "first_token", "sequence"] = "auto"
+
+
+class CustomTask(Config):
+    """A user's own choice task: files, a prompt template and labels."""
+
+    files: dict[Literal["train", "validation", "test"], str] = Field(description="path of each split, with {language}")
+    prompt: str = Field(description="template; {field} is filled from the row")
+    labels: dict[str, str] | tuple[str, ...] = Field(description="labels, or label: text the model should answer")
+    label_field: str = "label"
+    id_field: str | None = Field(default=None, description="aligns items across languages; absent: the row number")
+    licence: str | None = None
+
+    @field_validator("labels")
+    @classmethod
+    def _two(cls, value: Any) -> Any:
+        if len(value) < 2:
+            raise ValueError("a choice task needs at least two labels")
+        return value
+
+
+class Experiment(Config):
+    """A comparison: methods × target languages × seeds on one task and one backbone."""
+
+    name: Name
+    backbone: BackboneConfig
+    task: str
+    source: LanguageCode = "en"
+    targets: tuple[LanguageCode, ...] = Field(min_length=1)
+    development: tuple[LanguageCode, ...] = ()
+    reference: ReferenceConfig
+    adapter: AdapterConfig = AdapterConfig()
+    training: TrainingConfig = TrainingConfig()
+    reference_training: TrainingConfig | None = Field(default=None, description="absent: as `training`")
+    merge: MergeConfig = MergeConfig()
+    methods: tuple[str, ...] = ("vanilla", "eng-ft", "adamergex", "adamergex-product")
+    selection: SelectionConfig = SelectionConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    data_dir: str | None = Field(None, description="upstream files; 'bundled': lingraft's own; absent: the hub")
+    data_revision: str | None = Field(None, description="commit of the hub data set; resolved and recorded if absent")
+    tasks: dict[Name, CustomTask] = Field(default={}, description="your own tasks")
+    trackers: tuple[str, ...] = Field(default=(), description="accelerate's trackers, such as tensorboard")
+    note: str | None = Field(default=None, description="printed with the results")
+
+    @field_validator("backbone", mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _disjoint(self) -> "Experiment":
+        for names, what in (
+            (self.targets, "targets"),
+            (self.development, "development"),
+            (self.seeds, "seeds"),
+        ):
+            if len(set(names)) < len(names):
+                raise ValueError(f"'{what}' names something twice")
+        overlap = set(self.targets) & set(self.development)
+        if overlap:
+            raise ValueError(
+                f"{sorted(overlap)} stand in both 'targets' and 'development': λ must not be tuned on a test language"
+            )
+        if self.source in (*self.targets, *self.development):
+            raise ValueError(f"the source language '{self.source}' is also a target or development language")
+        return self
+
+    @property
+    def reference_values(self) -> TrainingConfig:
+        """Training values of the reference adapters."""
+        return self.reference_training or self.training
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """Reads `a.b=value`; the value is YAML, so that `[sw, th]` is a list.
+
+    Raises:
+        ConfigError: There is no `=`, or the value is not YAML.
+    """
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise ConfigError(f"'{text}' is not an override", remedy="write key=value, for example targets=[sw,th]")
+    try:
+        return name.split("."), parse_yaml(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"the value of '{text}' cannot be read", remedy="write YAML, for example [sw, th]") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose floats include `5e-4`, and whose `no` is the language Norwegian, not False."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d+(?:[eE][-+]?\d+)?)$"),
+    list("-+0123456789."),
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tfTF"))
+
+
+def parse_yaml(text: str) -> Any:
+    """Safe YAML with the two corrections of `_Loader`."""
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain values only
+
+
+def _set(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for part in path[:-1]:
+        below = tree.get(part)
+        if isinstance(below, str) and part == "backbone":
+            below = {"model": below}
+        tree[part] = below if isinstance(below, dict) else {}
+        tree = tree[part]
+    tree[path[-1]] = value
+
+
+def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Reads an experiment and applies `key=value` overrides.
+
+    Raises:
+        ConfigError: The file cannot be read, or a key or value is wrong; all mistakes at once.
+    """
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError("there is no such experiment", where=path, remedy="check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the experiment cannot be read: {error}", where=path) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else path
+        raise ConfigError(f"this is not YAML: {getattr(error, 'problem', error)}", where=where) from None
+    if not isinstance(tree, dict):
+        raise ConfigError("an experiment is a mapping of keys to values", where=path)
+    data_dir = tree.get("data_dir")
+    if isinstance(data_dir, str) and data_dir != "bundled":
+        # A path in a file means the same wherever the command is run from.
+        tree["data_dir"] = str(path.parent / data_dir)
+    for override in overrides:
+        parts, value = parse_override(override)
+        _set(tree, parts, value)
+    return validated(Experiment, tree, where=path)
+
+
+def validated(model: type[ConfigType], tree: dict[str, Any], where: str | Path | None = None) -> ConfigType:
+    """Builds a config value; every mistake is named, with the nearest right key.
+
+    Raises:
+        ConfigError: Something does not fit.
+    """
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        lines, remedies = [], []
+        for problem in error.errors():
+            place = ".".join(str(part) for part in problem["loc"])
+            if problem["type"] == "extra_forbidden":
+                lines.append(f"unknown key '{place}'")
+                remedies.append(suggestion(str(problem["loc"][-1]), _known_keys(model, problem["loc"][:-1])))
+            elif problem["type"] == "missing":
+                lines.append(f"missing key '{place}'")
+            else:
+                message = problem["msg"].removeprefix("Value error, ")
+                lines.append(f"{place}: {message}" if place else message)
+        raise ConfigError("; ".join(lines), where=where, remedy=" ".join(dict.fromkeys(remedies)) or None) from None
+
+
+def _known_keys(model: Any, loc: Sequence[Any]) -> list[str]:
+    """The keys allowed at a place of a config tree."""
+    for part in loc:
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if field is None:
+            # Below a mapping of names to configs the name itself has no field.
+            continue
+        kinds = [field.annotation, *get_args(field.annotation)]
+        model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), model)
+    return list(model.model_fields)

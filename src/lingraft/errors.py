@@ -1,0 +1,118 @@
+"""One tree of errors that a user can act on: what is wrong, where, and what to do."""
+
+import difflib
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class LingraftError(Exception):
+    """A failure with a message written for the person who reads it.
+
+    Args:
+        what: What is wrong, in one sentence.
+        where: The file, line, key or module it concerns.
+        remedy: What to do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str | Path | None = None, remedy: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = str(where) if where is not None else None
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.remedy:
+            lines.append(f"  to do: {self.remedy}")
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, str | int | None]:
+        """The error as plain data, for `--json`."""
+        return {"error": self.what, "where": self.where, "remedy": self.remedy, "exit_code": self.exit_code}
+
+
+class UserError(LingraftError):
+    """The request cannot be carried out as it was made (exit code 2)."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A configuration key or value is wrong."""
+
+
+class DataError(UserError):
+    """A data file is missing, empty or malformed."""
+
+
+class BackboneError(UserError):
+    """A base model cannot be found or must not be loaded."""
+
+
+class AdapterError(UserError):
+    """An adapter cannot be read, or adapters do not fit together."""
+
+
+class MissingExtra(UserError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(
+            f"this needs the package '{package}', which is not installed",
+            remedy=f"pip install 'lingraft[{extra}]'",
+        )
+
+
+class StoreError(LingraftError):
+    """A folder cannot be written or an artifact is damaged."""
+
+
+class RunFailed(LingraftError):
+    """Some steps of a run failed; the finished ones are kept."""
+
+
+class Interrupted(LingraftError):
+    """The user pressed Ctrl-C; what was finished is kept."""
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Names the nearest right word, or all of them.
+
+    Returns:
+        A phrase such as "did you mean 'targets'?" for use as a remedy.
+    """
+    options = [str(k) for k in known]
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    return "use one of: " + ", ".join(options)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns the operating system's refusals while writing below `path` into clear errors.
+
+    Raises:
+        StoreError: No space is left, permission is denied, or the place is read-only.
+    """
+    remedies = {
+        errno.ENOSPC: ("no space is left on the disk", "free some space and run the same command again"),
+        errno.EDQUOT: ("your disk quota is used up", "free some space and run the same command again"),
+        errno.EACCES: ("permission to write is denied", "choose another folder or change its permissions"),
+        errno.EPERM: ("permission to write is denied", "choose another folder or change its permissions"),
+        errno.EROFS: ("the file system is read-only", "choose another folder"),
+        errno.ENOTDIR: ("a file is where a folder is needed", "move it away or choose another folder"),
+    }
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in remedies:
+            raise
+        what, remedy = remedies[error.errno]
+        raise StoreError(what, where=error.filename or path, remedy=remedy) from error

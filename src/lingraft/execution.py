@@ -1,0 +1,204 @@
+"""What each kind of step does: from its inputs' folders to files in a working folder."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lingraft import __version__
+from lingraft.adapter import Adapter
+from lingraft.backbones import Located
+from lingraft.config import AdapterConfig, Experiment, TrainingConfig
+from lingraft.errors import DataError
+from lingraft.merging import content_digest, divergence_of, energy_kept, graft, similarity
+from lingraft.plan import Step
+from lingraft.predictions import SCORES, read_predictions, read_scores, score, write_predictions
+from lingraft.store import Store, read_json, write_json
+from lingraft.tasks.choice import Example, bundled_or, subset
+from lingraft.tasks.reference import segments, text_path
+from lingraft.tasks.sources import BUNDLED, read_lines
+from lingraft.tasks.table import choice_task
+
+if TYPE_CHECKING:
+    from lingraft.backbones import Backbone
+
+SELECTED = "selected.json"
+SIMILARITY = "similarity.json"
+Progress = Callable[[int, int, str], None]
+
+
+def _silent(done: int, total: int, note: str) -> None:
+    pass
+
+
+@dataclass
+class Session:
+    """What the steps of one run share: the experiment, the store, and the base model, loaded once when first needed."""
+
+    experiment: Experiment
+    located: Located
+    store: Store
+    progress: Progress = field(default=_silent)
+
+    @cached_property
+    def backbone(self) -> "Backbone":
+        """The loaded base model."""
+        from lingraft.backbones import Backbone
+
+        self.progress(0, 0, "loading the base model")
+        return Backbone(self.located)
+
+    @cached_property
+    def data_dir(self) -> Path | None:
+        """The data folder, or None for the hub."""
+        return bundled_or(self.experiment.data_dir)
+
+    def folder(self, step: Step) -> Path:
+        """Where a finished step's files are."""
+        return self.store.path(step.kind, step.key)
+
+    def examples(self, language: str, split: str, limit: int | None) -> list[Example]:
+        """A language's items."""
+        task = choice_task(self.experiment.task, self.experiment.tasks)
+        found = task.examples(task.sources(language, split, self.data_dir, self.experiment.data_revision))
+        if split != "train" and len({e.gold for e in found}) == 1:
+            raise DataError(f"all {split} items of '{language}' have the same label")
+        return subset(found, limit)
+
+
+def execute(step: Step, session: Session, work: Path) -> None:
+    """Makes a step in its working folder; figures go to `extra.json`, which the store puts into the record."""
+    began = time.monotonic()
+    extra = _EXECUTORS[step.kind](step, session, work)
+    seconds = round(time.monotonic() - began, 3)
+    write_json(work / "extra.json", {"label": step.label, "lingraft": __version__, "wall_seconds": seconds, **extra})
+
+
+def _train(step: Step, session: Session, work: Path) -> dict[str, Any]:
+    from lingraft import training
+
+    config = step.config
+    values = TrainingConfig(**config["training"])
+    backbone = session.backbone
+    what: dict[str, Any] = {"language": config["language"]}
+    if "reference" in config:
+        reference = session.experiment.reference
+        path = text_path(reference.text, config["language"], session.data_dir or BUNDLED)
+        pieces = segments(read_lines(path), backbone.encode, reference, backbone.prefix)
+        sequences = training.text_sequences(pieces)
+        what["reference"] = config["reference"]
+    elif config.get("initial"):
+        # One sequence, read zero times: the adapter stays what all trainings of the seed start from.
+        sequences = training.text_sequences([[0, 0]])
+        what["initial"] = True
+    else:
+        sequences = training.answer_sequences(
+            backbone, session.examples(config["language"], "train", None), values.max_length
+        )
+        what["task"] = config["task"]["task"]
+    start = step.inputs.get("start_from")
+    return training.train(
+        backbone,
+        sequences,
+        work,
+        adapter=AdapterConfig(**config["adapter"]),
+        training=values,
+        seed=config["seed"],
+        start_from=None if start is None else session.folder(start),
+        provenance={**what, "training": values.key(), "step": step.key},
+        trackers=session.experiment.trackers,
+        progress=lambda done, total, loss: session.progress(done, total, f"loss {loss:.3f}"),
+    )
+
+
+def _grafted(
+    inputs: Mapping[str, Step], config: Mapping[str, Any], weight: float, session: Session
+) -> tuple[Adapter, dict[str, Any]]:
+    target, source = session.folder(inputs["target_ref"]), session.folder(inputs["source_ref"])
+    divergence, _ = divergence_of(target, source)
+    names = {"target_ref": content_digest(target), "source_ref": content_digest(source)}
+    options = {k: config[k] for k in ("space", "modules", "out_rank")}
+    return graft(session.folder(inputs["task"]), divergence, names, weight, **options)
+
+
+def _merge(step: Step, session: Session, work: Path) -> dict[str, Any]:
+    weight = read_json(session.folder(step.inputs["selection"]) / SELECTED)["weight"]
+    merged, provenance = _grafted(step.inputs, step.config, weight, session)
+    merged.write(work, {**provenance, "step": step.key})
+    return {"weight": weight, "energy_kept": energy_kept(merged)}
+
+
+def _predict(step: Step, session: Session, work: Path) -> dict[str, Any]:
+    from lingraft.backbones import environment
+    from lingraft.evaluation import predict
+
+    config = step.config
+    adapter: Adapter | None = None
+    if config["graft"] is not None:
+        adapter, _ = _grafted(step.inputs, config["graft"], config["graft"]["weight"], session)
+    elif "adapter" in step.inputs:
+        adapter = Adapter.load(session.folder(step.inputs["adapter"]))
+    examples = session.examples(config["language"], config["split"], config["limit"])
+    backbone = session.backbone
+    began = time.monotonic()
+    predictions = predict(
+        backbone,
+        adapter,
+        examples,
+        scoring=config["scoring"],
+        max_length=config["max_length"],
+        progress=lambda done, total: session.progress(done, total, ""),
+    )
+    write_predictions(work, predictions, list(config["task"]["answers"]))
+    return {
+        "items": len(predictions),
+        "seconds": round(time.monotonic() - began, 3),
+        "environment": environment(backbone),
+    }
+
+
+def _score(step: Step, session: Session, work: Path) -> dict[str, Any]:
+    write_json(work / SCORES, score(read_predictions(session.folder(step.inputs["predict"]))))
+    return {}
+
+
+def _select(step: Step, session: Session, work: Path) -> dict[str, Any]:
+    if "weight" in step.config:
+        write_json(work / SELECTED, {"weight": step.config["weight"], "curve": []})
+        return {}
+    by_weight: dict[str, list[dict[str, float]]] = {}
+    for role, scores in step.inputs.items():
+        found = read_scores(session.folder(scores))
+        values = {m: found[m]["value"] for m in ("gold_log_likelihood", "accuracy")}
+        by_weight.setdefault(role.split("/")[0], []).append(values)
+    curve = [
+        {
+            "weight": float(weight),
+            **{m: sum(r[m] for r in rows) / len(rows) for m in rows[0]},
+            "scores": len(rows),
+        }
+        for weight, rows in by_weight.items()
+    ]
+    curve.sort(key=lambda point: point["weight"])
+    # Of equals the smallest weight: it stays nearest to the adapter that is known to work.
+    best = max(curve, key=lambda point: (point[step.config["criterion"]], -point["weight"]))
+    write_json(work / SELECTED, {"weight": best["weight"], "criterion": step.config["criterion"], "curve": curve})
+    return {}
+
+
+def _compare(step: Step, session: Session, work: Path) -> dict[str, Any]:
+    x, y = (Adapter.load(session.folder(step.inputs[role])) for role in ("target_ref", "source_ref"))
+    write_json(work / SIMILARITY, similarity(x, y))
+    return {}
+
+
+_EXECUTORS: dict[str, Callable[[Step, Session, Path], dict[str, Any]]] = {
+    "train": _train,
+    "merge": _merge,
+    "predict": _predict,
+    "score": _score,
+    "select": _select,
+    "compare": _compare,
+}

@@ -1,0 +1,55 @@
+"""Metrics of choice tasks: accuracy, macro-F1, and the mean log-likelihood of the gold labels."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model said to one item, and why.
+
+    Attributes:
+        id: The item.
+        gold: The index of the right candidate.
+        scores: Log-likelihood of every candidate after the prompt, in nats.
+        prompt: The text the model read.
+    """
+
+    id: str
+    gold: int
+    scores: tuple[float, ...]
+    prompt: str = ""
+
+    @property
+    def answer(self) -> int:
+        """The index of the likeliest candidate; the first of equals."""
+        return max(range(len(self.scores)), key=lambda i: self.scores[i])
+
+    @property
+    def gold_log_likelihood(self) -> float:
+        """log p(gold | one of the candidates), in nats: the scores normalised over the candidates."""
+        top = max(self.scores)
+        return self.scores[self.gold] - top - math.log(sum(math.exp(s - top) for s in self.scores))
+
+
+def accuracy(predictions: Sequence[Prediction]) -> float:
+    """The share of right answers."""
+    return sum(p.answer == p.gold for p in predictions) / len(predictions)
+
+
+def gold_log_likelihood(predictions: Sequence[Prediction]) -> float:
+    """Mean log-likelihood of the gold label among the candidates, in nats."""
+    return sum(p.gold_log_likelihood for p in predictions) / len(predictions)
+
+
+def macro_f1(predictions: Sequence[Prediction]) -> float:
+    """Mean F1 over the classes that occur as gold or as an answer."""
+    classes = sorted({p.gold for p in predictions} | {p.answer for p in predictions})
+    return sum(_f1(predictions, c) for c in classes) / len(classes)
+
+
+def _f1(predictions: Sequence[Prediction], label: int) -> float:
+    right = sum(p.gold == label and p.answer == label for p in predictions)
+    named = sum(p.answer == label for p in predictions) + sum(p.gold == label for p in predictions)
+    return 2 * right / named if named else 0.0

@@ -1,0 +1,36 @@
+"""Figures for the report, with matplotlib (the `report` extra)."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+
+def draw_curves(found: dict[str, Any], path: Path) -> None:
+    """Draws the λ curves of a run's results: gold log-likelihood on the development languages, the chosen points marked."""
+    with plt.rc_context({"svg.hashsalt": "lingraft", "font.size": 10}):
+        figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+        for name, selection in found["selections"].items():
+            curve = selection["curve"]
+            if not curve:
+                continue
+            weights, values = [p["weight"] for p in curve], [p["gold_log_likelihood"] for p in curve]
+            (line,) = axes.plot(weights, values, marker="o", markersize=3, label=found["methods"][name]["title"])
+            best = next(p for p in curve if p["weight"] == selection["weight"])
+            axes.plot(
+                best["weight"],
+                best["gold_log_likelihood"],
+                marker="o",
+                markersize=9,
+                fillstyle="none",
+                color=line.get_color(),
+            )
+        axes.set_xlabel("weight λ (ring: chosen)")
+        axes.set_ylabel("mean gold log-likelihood, nats")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)

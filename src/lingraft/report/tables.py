@@ -1,0 +1,178 @@
+"""Results as tables: for the terminal, as Markdown, as CSV."""
+
+import csv
+import io
+from typing import Any
+
+from lingraft.languages import name_of
+
+NO_DATA = "no data"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share as a percentage without its sign, or a dash."""
+    return "–" if value is None else f"{100 * value:.{digits}f}"
+
+
+def p_value(p: float | None) -> str:
+    """A p-value, never as zero."""
+    if p is None:
+        return "–"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _with_interval(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return NO_DATA
+    if not cell.get("interval"):
+        return percent(cell["accuracy"])
+    low, high = cell["interval"]
+    return f"{percent(cell['accuracy'])} [{percent(low)}, {percent(high)}]"
+
+
+def _difference(cell: dict[str, Any] | None) -> str:
+    if not cell or "difference" not in cell:
+        return "–"
+    low, high = cell["difference_interval"]
+    return f"{100 * cell['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _gap(cell: dict[str, Any] | None) -> str:
+    gap = (cell or {}).get("gap_closed")
+    if not gap or gap["value"] is None:
+        return "–"
+    low, high = gap["interval"]
+    return f"{percent(gap['value'], 0)} % [{percent(low, 0)}, {percent(high, 0)}]"
+
+
+def main_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Methods × languages: accuracy in percent with its 95 % interval, and the average against Eng-FT."""
+    languages = [found["source"], *found["targets"]]
+    header = ["method", *languages, "average of targets", "against Eng-FT", "p", "gap closed"]
+    rows = []
+    for method in found["methods"].values():
+        average = method["average"]
+        cells = [
+            _with_interval(method["languages"].get(c)) if c in method["languages"] or c != found["source"] else ""
+            for c in languages
+        ]
+        rows.append(
+            [
+                method["title"],
+                *cells,
+                _with_interval(average) if average else "–",
+                _difference(average),
+                p_value((average or {}).get("p")),
+                _gap(average),
+            ]
+        )
+    return header, rows
+
+
+def curve_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The λ curve of every tuned method on the development languages; the chosen point is marked."""
+    header = ["method", "λ", "gold log-likelihood", "accuracy", ""]
+    rows = []
+    for name, selection in found["selections"].items():
+        title = found["methods"][name]["title"]
+        if not selection["curve"]:
+            rows.append([title, f"{selection['weight']:g}", "", "", "as given"])
+        for point in selection["curve"]:
+            mark = "chosen" if point["weight"] == selection["weight"] else ""
+            figures = [
+                f"{point['weight']:g}",
+                f"{point['gold_log_likelihood']:.4f}",
+                percent(point["accuracy"]),
+            ]
+            rows.append([title, *figures, mark])
+    return header, rows
+
+
+def reference_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """cos(ΔR_t, ΔR_s): how alike the updates of the two references are, so how much the subtraction cancels."""
+    rows = []
+    for entry in found["references"]:
+        cosine = "–" if entry["cosine"] is None else f"{entry['cosine']:.3f}"
+        rows.append(
+            [
+                name_of(entry["language"]),
+                str(entry["seed"]),
+                cosine,
+                *(f"{norm:.2f}" for norm in entry["norms"]),
+            ]
+        )
+    return ["language", "seed", "cosine", "norm of target's", "norm of source's"], rows
+
+
+def notes(found: dict[str, Any]) -> list[str]:
+    """What a reader must know to read the tables rightly."""
+    seeds = len(found["seeds"])
+    said = [
+        f"Accuracy in percent, {seeds} seed{'s' if seeds > 1 else ''}; 95 % bootstrap intervals over items"
+        + (" (one seed: they do not cover how much trainings differ)." if seeds == 1 else " of the seeds' mean."),
+    ]
+    if found["selections"]:
+        development = found["experiment"]["development"]
+        where = ", ".join(name_of(c) for c in development)
+        said.append(
+            f"λ was chosen on {where} only, and frozen before the test languages were scored."
+            if where
+            else "λ was given."
+        )
+    said += [f"{found['methods'].get(m, {}).get('title', m)}, {name_of(c)}: {why}." for m, c, why in found["absent"]]
+    if found["chance_and_size_warning"]:
+        said.append(found["chance_and_size_warning"])
+    return said
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The whole report as Markdown."""
+    parts = [f"# {found['name']}", ""]
+    parts += [
+        f"Task `{found['experiment']['task']}`, backbone `{found['backbone']['name']}`, source {name_of(found['source'])}.",
+        "",
+    ]
+    parts += [*_markdown_table(*main_table(found)), "", *(f"- {note}" for note in notes(found)), ""]
+    if found["selections"]:
+        parts += ["## λ on the development languages", "", *_markdown_table(*curve_table(found)), ""]
+    if found["references"]:
+        parts += ["## Likeness of the reference updates", "", *_markdown_table(*reference_table(found)), ""]
+    parts += ["## Methods", "", *(f"- **{m['title']}**: {m['says']}" for m in found["methods"].values()), ""]
+    return "\n".join(parts)
+
+
+def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(header), "|" + "---|" * len(header), *map(line, rows)]
+
+
+def csv_text(found: dict[str, Any]) -> str:
+    """One line a method and language, full precision, for other programs."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        ["method", "language", "accuracy", "low", "high", "macro_f1", "gold_log_likelihood", "difference", "difference_low",
+         "difference_high", "p", "gap_closed"]
+    )  # fmt: skip
+    for name, method in found["methods"].items():
+        for language, cell in method["languages"].items():
+            writer.writerow([name, language, *_csv_figures(cell)])
+        if method["average"]:
+            writer.writerow([name, "average", *_csv_figures(method["average"])])
+    return out.getvalue()
+
+
+def _csv_figures(cell: dict[str, Any]) -> list[Any]:
+    low, high = cell.get("interval") or ("", "")
+    dlow, dhigh = cell.get("difference_interval") or ("", "")
+    figures = [cell["accuracy"], low, high, cell.get("macro_f1", ""), cell.get("gold_log_likelihood", "")]
+    return [
+        *figures,
+        cell.get("difference", ""),
+        dlow,
+        dhigh,
+        cell.get("p", ""),
+        (cell.get("gap_closed") or {}).get("value", ""),
+    ]

@@ -1,0 +1,90 @@
+"""Modules named by what they do (`attention.query`) as well as by name (`q_proj`): one table for all architectures."""
+
+from collections.abc import Iterable, Sequence
+
+from lingraft.errors import UserError, suggestion
+
+ROLES: dict[str, tuple[str, ...]] = {
+    "attention.query": (
+        "self_attn.q_proj",
+        "attention.self.query",
+        "attn.q_proj",
+        "SelfAttention.q",
+        "EncDecAttention.q",
+    ),
+    "attention.key": (
+        "self_attn.k_proj",
+        "attention.self.key",
+        "attn.k_proj",
+        "SelfAttention.k",
+        "EncDecAttention.k",
+    ),
+    "attention.value": (
+        "self_attn.v_proj",
+        "attention.self.value",
+        "attn.v_proj",
+        "SelfAttention.v",
+        "EncDecAttention.v",
+    ),
+    "attention.output": (
+        "self_attn.o_proj",
+        "attention.output.dense",
+        "attn.out_proj",
+        "SelfAttention.o",
+        "EncDecAttention.o",
+    ),
+    "feed_forward.gate": ("mlp.gate_proj", "DenseReluDense.wi_0"),
+    "feed_forward.input": (
+        "mlp.up_proj",
+        "intermediate.dense",
+        "DenseReluDense.wi_1",
+        "DenseReluDense.wi",
+        "mlp.fc1",
+    ),
+    "feed_forward.output": ("mlp.down_proj", "output.dense", "DenseReluDense.wo", "mlp.fc2"),
+}
+"""Role → the ends of module paths that play it. The longest end decides: `attention.output.dense` is no `output.dense`."""
+
+ROLES["attention"] = tuple(end for role, ends in ROLES.items() if role.startswith("attention.") for end in ends)
+ROLES["feed_forward"] = tuple(end for role, ends in ROLES.items() if role.startswith("feed_forward.") for end in ends)
+
+
+def _ends_with(module: str, end: str) -> bool:
+    return module == end or module.endswith("." + end)
+
+
+def plays(module: str, role: str) -> bool:
+    """Whether a module, given by its path, plays a role."""
+    best = max((end for ends in ROLES.values() for end in ends if _ends_with(module, end)), key=len, default=None)
+    return best is not None and best in ROLES[role]
+
+
+def select(modules: Iterable[str], chosen: str | Sequence[str]) -> tuple[str, ...]:
+    """The modules that a choice names.
+
+    Args:
+        modules: Paths such as `model.layers.0.self_attn.q_proj`.
+        chosen: `all`, or names, path ends and roles, as a list or with commas.
+
+    Returns:
+        The chosen paths, in the order given.
+
+    Raises:
+        UserError: A name or role matches nothing; says what there is.
+    """
+    paths = tuple(modules)
+    names = [n.strip() for n in chosen.split(",")] if isinstance(chosen, str) else list(chosen)
+    if names == ["all"]:
+        return paths
+    found: set[str] = set()
+    for name in names:
+        hits = [p for p in paths if (plays(p, name) if name in ROLES else _ends_with(p, name))]
+        if not hits:
+            leaves = sorted({p.rsplit(".", 1)[-1] for p in paths})
+            roles = sorted(r for r in ROLES if any(plays(p, r) for p in paths))
+            raise UserError(
+                f"no module is called '{name}' or plays that role here",
+                remedy=f"{suggestion(name, [*leaves, *roles])} (modules: {', '.join(leaves)}; roles: {', '.join(roles)})",
+            )
+        found.update(hits)
+    return tuple(p for p in paths if p in found)

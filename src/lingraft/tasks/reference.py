@@ -1,0 +1,73 @@
+"""The reference task: causal language modelling on plain text, cut into segments that are counted in tokens."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from lingraft.config import ReferenceConfig
+from lingraft.errors import DataError, UserError
+from lingraft.languages import LANGUAGES
+
+
+def text_path(pattern: str, language: str, data_dir: Path) -> Path:
+    """The file of a language's reference text.
+
+    Raises:
+        DataError: There is none.
+        UserError: The pattern leads out of the data folder.
+    """
+    if "{language}" not in pattern:
+        raise UserError(
+            f"the reference text '{pattern}' has no {{language}} in it",
+            remedy="write for example text/{language}.txt",
+        )
+    if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+        raise UserError(
+            f"the reference text '{pattern}' leads out of the data folder",
+            remedy="give a path below --data-dir",
+        )
+    path = data_dir / pattern.replace("{language}", language)
+    if not path.is_file():
+        here = sorted(c for c in LANGUAGES if (data_dir / pattern.replace("{language}", c)).is_file())
+        raise DataError(
+            f"there is no reference text for '{language}'",
+            where=path,
+            remedy=f"put a text file there, one paragraph a line; text is here for: {', '.join(here) or 'no language'}",
+        )
+    return path
+
+
+def segments(
+    lines: Sequence[str], encode: Callable[[str], list[int]], config: ReferenceConfig, prefix: Sequence[int]
+) -> list[list[int]]:
+    """Cuts text into segments of tokens: the same unit in every language.
+
+    Args:
+        lines: The text, a paragraph a line.
+        encode: Text to token ids, without special tokens.
+        config: Unit, length and number of segments.
+        prefix: Ids every segment starts with (a beginning-of-text token).
+
+    Returns:
+        Segments of at most `segment_tokens` ids, the prefix included; those shorter than two ids teach nothing and are left out.
+    """
+    room = config.segment_tokens - len(prefix)
+    pieces = (encode(line)[:room] for line in lines) if config.unit == "line" else _packed(lines, encode, room)
+    found: list[list[int]] = []
+    for piece in pieces:
+        # Lines keep their places even when they are very short: parallel text stays parallel.
+        if len(prefix) + len(piece) >= 2:
+            found.append([*prefix, *piece])
+        if config.max_segments is not None and len(found) == config.max_segments:
+            break
+    return found
+
+
+def _packed(lines: Sequence[str], encode: Callable[[str], list[int]], room: int) -> Iterator[list[int]]:
+    running: list[int] = []
+    for line in lines:
+        running.extend(encode(line + "\n"))
+        while len(running) >= room:
+            yield running[:room]
+            running = running[room:]
+    if running:
+        yield running

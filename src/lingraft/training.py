@@ -1,0 +1,450 @@
+"""Training an adapter: accelerate and one short loop with our own loss, batches and exact resume.
+
+Everything random is a function of (seed, step): the order of the examples, dropout, the positions that take a loss. So a
+checkpoint is tensors and a step number, and a training that was killed goes on to the very bytes of one that was not.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model_state_dict
+
+from lingraft import __version__
+from lingraft.adapter import CONFIG, SIDECAR, WEIGHTS, Adapter
+from lingraft.backbones import Backbone, environment
+from lingraft.config import AdapterConfig, TrainingConfig
+from lingraft.digests import digest_value
+from lingraft.errors import AdapterError, DataError, LingraftError, UserError
+from lingraft.losses import summed_cross_entropy
+from lingraft.store import write_json
+from lingraft.tasks.choice import Example
+from lingraft.tensors import TensorFile, write_all
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+CHECKPOINT = "checkpoint.safetensors"
+METRICS = "metrics.jsonl"
+Progress = Callable[[int, int, float], None]
+"""Called with the steps done, the steps in all, and the loss."""
+
+
+@dataclass(frozen=True)
+class Sequence_:
+    """Token ids, and from which position on the loss is taken (the first predicted position)."""
+
+    ids: tuple[int, ...]
+    start: int
+
+
+def answer_sequences(backbone: Backbone, examples: Sequence[Example], max_length: int) -> list[Sequence_]:
+    """Prompt and gold answer as ids; the loss is on the answer and the end of text only.
+
+    A prompt that is too long loses its beginning, never the answer.
+
+    Raises:
+        DataError: There is no example.
+    """
+    if not examples:
+        raise DataError("there is nothing to train on")
+    prompts = [backbone.encode(e.prompt) for e in examples]
+    whole = [backbone.encode(e.prompt + e.candidates[e.gold]) for e in examples]
+    end = [backbone.tokenizer.eos_token_id] if backbone.tokenizer.eos_token_id is not None else []
+    found = []
+    for prompt, ids in zip(prompts, whole, strict=True):
+        # Where a token crosses the boundary, the loss starts with that token.
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b),
+            min(len(prompt), len(ids)),
+        )
+        ids = [*ids, *end]
+        cut = max(0, len(backbone.prefix) + len(ids) - max_length)
+        ids = [*backbone.prefix, *ids[cut:]]
+        found.append(Sequence_(tuple(ids), max(1, len(backbone.prefix) + shared - cut)))
+    return found
+
+
+def text_sequences(segments: Sequence[Sequence[int]]) -> list[Sequence_]:
+    """Language modelling: the loss is on every position but the first.
+
+    Raises:
+        DataError: There is no segment.
+    """
+    if not segments:
+        raise DataError(
+            "the reference text is too short for one segment",
+            remedy="give more text, or a smaller segment_tokens",
+        )
+    return [Sequence_(tuple(ids), 1) for ids in segments]
+
+
+def derived_seed(*parts: object) -> int:
+    """A seed that is a function of its parts."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big") >> 1
+
+
+def batches(lengths: Sequence[int], config: TrainingConfig, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch, as indices.
+
+    With `group_by_length` a batch holds examples of similar length, which saves padding; without, the order depends on
+    the seed and the number of examples alone, so that parallel texts are read in the same order in two languages.
+    """
+    order = np.random.default_rng(derived_seed("order", seed, epoch)).permutation(len(lengths)).tolist()
+    size = config.batch_size
+    if config.group_by_length:
+        pool = size * 8
+        pools = [sorted(order[i : i + pool], key=lambda n: lengths[n]) for i in range(0, len(order), pool)]
+        order_of_batches = [p[i : i + size] for p in pools for i in range(0, len(p), size)]
+        shuffled = np.random.default_rng(derived_seed("batches", seed, epoch)).permutation(len(order_of_batches))
+        return [order_of_batches[i] for i in shuffled]
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def steps_of(count: int, config: TrainingConfig) -> int:
+    """The number of optimiser steps for so many examples; part of an epoch is rounded up."""
+    return math.ceil(config.epochs * math.ceil(count / config.batch_size))
+
+
+def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
+    """The rate at a step (counted from 0): linear warm-up, then cosine, linear or constant."""
+    warm = math.ceil(config.warmup * total)
+    if step < warm:
+        return config.learning_rate * (step + 1) / warm
+    share = (step - warm) / max(1, total - warm)
+    factor = {"cosine": 0.5 * (1 + math.cos(math.pi * share)), "linear": 1 - share, "constant": 1.0}[config.schedule]
+    return config.learning_rate * factor
+
+
+def initial_tensors(backbone: Backbone, adapter: AdapterConfig, seed: int) -> dict[str, torch.Tensor]:
+    """An adapter's initial weights: a function of (base, configuration, seed), never of the global random state.
+
+    A is uniform in ±1/√in (PEFT's Kaiming initialisation with a = √5), B is zero. Adapters that are to be merged must start alike.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for module in backbone.target_modules(adapter):
+        layer = backbone.model.get_submodule(module)
+        inner, outer = int(layer.in_features), int(layer.out_features)  # pyright: ignore[reportArgumentType]
+        rng = np.random.default_rng(derived_seed("init", backbone.digest, adapter.rank, module, seed))
+        a = rng.uniform(-1, 1, size=(adapter.rank, inner)) / math.sqrt(inner)
+        found[f"base_model.model.{module}.lora_A.weight"] = torch.from_numpy(a.astype(np.float32))
+        found[f"base_model.model.{module}.lora_B.weight"] = torch.zeros(outer, adapter.rank)
+    return found
+
+
+def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of tensors in float32, by name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _collate(
+    chosen: Sequence[Sequence_], pad: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, attention mask, and the mask of positions *whose next token* takes a loss; padding stands on the right."""
+    width = max(len(s.ids) for s in chosen)
+    ids = torch.full((len(chosen), width), pad, dtype=torch.long)
+    attention = torch.zeros_like(ids)
+    loss = torch.zeros(len(chosen), width, dtype=torch.bool)
+    for row, sequence in enumerate(chosen):
+        n = len(sequence.ids)
+        ids[row, :n] = torch.tensor(sequence.ids)
+        attention[row, :n] = 1
+        loss[row, sequence.start - 1 : n - 1] = True
+    return ids.to(device), attention.to(device), loss.to(device)
+
+
+def batch_loss(
+    backbone: Backbone, chosen: Sequence[Sequence_], loss_positions: float = 1.0, seed: int = 0
+) -> tuple[torch.Tensor, int]:
+    """Mean cross-entropy of a batch over the positions that take a loss.
+
+    Args:
+        backbone: The model, its adapter attached.
+        chosen: The batch.
+        loss_positions: The share of positions that take a loss, drawn with the seed.
+        seed: For that draw.
+
+    Returns:
+        The loss, and the number of positions.
+    """
+    ids, attention, where = _collate(chosen, backbone.pad_id, backbone.device)
+    if loss_positions < 1:
+        generator = torch.Generator().manual_seed(seed)
+        kept = torch.rand(where.shape, generator=generator).to(backbone.device) < loss_positions
+        # At least one position, or a short batch would have no loss at all.
+        where = where & kept if bool((where & kept).any()) else where
+    half = backbone.dtype in (torch.bfloat16, torch.float16)
+    context = torch.autocast(backbone.device.type, backbone.dtype) if half else nullcontext()
+    with context:
+        states = backbone.hidden(ids, attention)
+    rows, positions = where.nonzero(as_tuple=True)
+    labels = ids[rows, positions + 1]
+    weight = backbone.model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
+    total = summed_cross_entropy(states[rows, positions], weight, labels, backbone.softcap)
+    return total / len(labels), len(labels)
+
+
+def train(
+    backbone: Backbone,
+    sequences: Sequence[Sequence_],
+    out: Path,
+    *,
+    adapter: AdapterConfig | None = None,
+    training: TrainingConfig | None = None,
+    seed: int = 0,
+    start_from: Path | None = None,
+    provenance: dict[str, Any] | None = None,
+    trackers: Sequence[str] = (),
+    progress: Progress | None = None,
+    checkpoint_seconds: float = 30.0,
+) -> dict[str, Any]:
+    """Trains a LoRA adapter and writes it, in PEFT's layout, into a folder that exists.
+
+    Run again on a folder that holds a checkpoint, it goes on from there.
+
+    Args:
+        backbone: The frozen base model.
+        sequences: What to learn, from `answer_sequences` or `text_sequences`.
+        out: The folder to write to.
+        adapter: The adapter's structure.
+        training: How it is trained.
+        seed: Initial weights, order, dropout and drawn positions.
+        start_from: An adapter to go on from, instead of the initial weights.
+        provenance: Written to the sidecar.
+        trackers: accelerate's trackers, such as `tensorboard`; they write below `out/trackers`.
+        progress: Called after every step.
+        checkpoint_seconds: A checkpoint is due when so much time has passed.
+
+    Returns:
+        Steps, tokens, seconds, the last loss and the numeric environment.
+
+    Raises:
+        AdapterError: The adapter to start from does not fit.
+        LingraftError: The loss became NaN or infinite.
+    """
+    adapter, training = adapter or AdapterConfig(), training or TrainingConfig()
+    tensors = initial_tensors(backbone, adapter, seed)
+    init_hash = hash_tensors(tensors)
+    if start_from is not None:
+        tensors = _tensors_of(start_from, tensors)
+    modules = [
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for name in tensors if "lora_A" in name
+    ]
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=_whole(adapter.alpha),
+        lora_dropout=adapter.dropout,
+        target_modules=modules,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=backbone.located.name,
+    )
+    with backbone.attached(config, tensors) as model:
+        model.train()
+        summary = _loop(backbone, model, sequences, out, training, seed, trackers, progress, checkpoint_seconds)
+        final = {name: t.detach().float().cpu().numpy() for name, t in get_peft_model_state_dict(model).items()}
+    write_all(out / WEIGHTS, final)
+    _write_config(out / CONFIG, config, modules)
+    sidecar = {
+        "format": 1,
+        "kind": "adapter",
+        "family": adapter.family,
+        "backbone": {"name": backbone.located.name, "digest": backbone.digest},
+        "init_sha256": init_hash,
+        "provenance": {"how": "train", "seed": seed, "lingraft": __version__, **(provenance or {})},
+    }
+    write_json(out / SIDECAR, sidecar)
+    (out / CHECKPOINT).unlink(missing_ok=True)
+    return {**summary, "environment": environment(backbone)}
+
+
+def _whole(alpha: float) -> int:
+    # PEFT annotates lora_alpha as an int and multiplies with it as it is.
+    return int(alpha) if float(alpha).is_integer() else alpha  # pyright: ignore[reportReturnType]
+
+
+def _write_config(path: Path, config: LoraConfig, modules: list[str]) -> None:
+    """PEFT's own fields, its sets sorted, so that equal adapters have equal files; names are shortened where unambiguous."""
+    values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    values["target_modules"] = sorted(modules)
+    values["inference_mode"] = True
+    write_json(path, json.loads(json.dumps(values, default=lambda v: getattr(v, "value", str(v)))))
+
+
+def _tensors_of(folder: Path, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    given = Adapter.load(folder)
+    found = {}
+    for module in given.modules:
+        site = given.site(module)
+        for role in ("A", "B"):
+            found[f"base_model.model.{module}.lora_{role}.weight"] = torch.from_numpy(np.array(site.tensors[role]))
+    wrong = sorted(n for n in set(found) ^ set(like) or {n for n in like if like[n].shape != found[n].shape})
+    if wrong:
+        raise AdapterError(
+            f"the adapter to start from has another structure: {len(wrong)} tensors, first {wrong[0]}",
+            where=folder,
+        )
+    return found
+
+
+def _loop(
+    backbone: Backbone,
+    model: Any,
+    sequences: Sequence[Sequence_],
+    out: Path,
+    config: TrainingConfig,
+    seed: int,
+    trackers: Sequence[str],
+    progress: Progress | None,
+    checkpoint_seconds: float,
+) -> dict[str, Any]:
+    accelerator = _accelerator(trackers, out)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    prepared = accelerator.prepare_optimizer(optimizer)
+    total = steps_of(len(sequences), config)
+    done, spent, tokens = _resume(out, parameters, optimizer)
+    lengths = [len(s.ids) for s in sequences]
+    began = last_saved = time.monotonic()
+    loss_value = float("nan")
+    with (out / METRICS).open("a", encoding="utf-8") as log:
+        for step, indices in _schedule(lengths, config, seed, done, total):
+            # Dropout draws from the global state: set from (seed, step), it needs no place in a checkpoint.
+            torch.manual_seed(derived_seed("step", seed, step))
+            chosen = [sequences[i] for i in indices]
+            loss, _ = batch_loss(backbone, chosen, config.loss_positions, derived_seed("positions", seed, step))
+            loss_value = float(loss.detach())
+            if not math.isfinite(loss_value):
+                raise LingraftError(
+                    f"the loss became {loss_value} at step {step + 1} of {total}",
+                    remedy="lower the learning rate or use float32",
+                )
+            accelerator.backward(loss)
+            norm = float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), config.clip))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, total, config)
+            prepared.step()
+            prepared.zero_grad(set_to_none=True)
+            tokens += sum(lengths[i] for i in indices)
+            note = {
+                "step": step + 1,
+                "loss": loss_value,
+                "gradient_norm": norm,
+                "learning_rate": group["lr"],
+                "tokens": tokens,
+            }
+            log.write(json.dumps(note) + "\n")
+            if trackers:
+                accelerator.log({k: v for k, v in note.items() if k != "step"}, step=step + 1)
+            if progress is not None:
+                progress(step + 1, total, loss_value)
+            if time.monotonic() - last_saved > checkpoint_seconds and step + 1 < total:
+                log.flush()
+                _save(out, parameters, optimizer, step + 1, spent + time.monotonic() - began, tokens)
+                last_saved = time.monotonic()
+    if trackers:
+        accelerator.end_training()
+    return {
+        "steps": total,
+        "tokens": tokens,
+        "seconds": round(spent + time.monotonic() - began, 2),
+        "loss": _last_loss(out),
+    }
+
+
+def _accelerator(trackers: Sequence[str], out: Path) -> Accelerator:
+    if not trackers:
+        return Accelerator()
+    try:
+        accelerator = Accelerator(log_with=list(trackers), project_dir=str(out / "trackers"))
+        accelerator.init_trackers("lingraft")
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            f"a tracker cannot be started: {error}", remedy="install its package, or leave trackers out"
+        ) from error
+    return accelerator
+
+
+def _schedule(
+    lengths: Sequence[int], config: TrainingConfig, seed: int, done: int, total: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Step numbers and batches from `done` on."""
+    per_epoch = math.ceil(len(lengths) / config.batch_size)
+    step = done
+    while step < total:
+        epoch, offset = divmod(step, per_epoch)
+        for indices in batches(lengths, config, seed, epoch)[offset:]:
+            if step >= total:
+                return
+            yield step, indices
+            step += 1
+
+
+def _save(
+    out: Path,
+    parameters: dict[str, torch.nn.Parameter],
+    optimizer: "Optimizer",
+    step: int,
+    seconds: float,
+    tokens: int,
+) -> None:
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    for name, parameter in parameters.items():
+        state = optimizer.state[parameter]
+        tensors[f"parameter/{name}"] = parameter.detach().cpu().numpy()
+        tensors[f"mean/{name}"] = state["exp_avg"].cpu().numpy()
+        tensors[f"variance/{name}"] = state["exp_avg_sq"].cpu().numpy()
+    partial = out / f".{CHECKPOINT}"
+    write_all(partial, tensors, {"step": str(step), "seconds": f"{seconds:.3f}", "tokens": str(tokens)})
+    partial.replace(out / CHECKPOINT)
+
+
+def _resume(out: Path, parameters: dict[str, torch.nn.Parameter], optimizer: "Optimizer") -> tuple[int, float, int]:
+    """Loads the last checkpoint, if there is one; steps that were logged after it are taken out of the log."""
+    (out / f".{CHECKPOINT}").unlink(missing_ok=True)
+    if not (out / CHECKPOINT).exists():
+        (out / METRICS).unlink(missing_ok=True)
+        return 0, 0.0, 0
+    saved = TensorFile(out / CHECKPOINT)
+    step = int(saved.metadata["step"])
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            values = [
+                torch.from_numpy(np.array(saved.read(f"{part}/{name}"))) for part in ("parameter", "mean", "variance")
+            ]
+            here = [v.to(parameter.device) for v in values]
+            parameter.copy_(here[0])
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": here[1],
+                "exp_avg_sq": here[2],
+            }
+    lines = (out / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)[:step]
+    (out / METRICS).write_text("".join(lines), encoding="utf-8")
+    return step, float(saved.metadata["seconds"]), int(saved.metadata["tokens"])
+
+
+def _last_loss(out: Path) -> float | None:
+    """Mean loss of the last tenth of the steps, from the log: one batch alone says little."""
+    lines = (out / METRICS).read_text(encoding="utf-8").splitlines()
+    if not lines:
+        return None
+    tail = [json.loads(line)["loss"] for line in lines[-max(1, len(lines) // 10) :]]
+    return sum(tail) / len(tail)
+
+
+def sequences_digest(sequences: Sequence[Sequence_]) -> str:
+    """A digest of what was learned, for provenance."""
+    return digest_value([[s.start, *s.ids] for s in sequences], 16)
