@@ -190,7 +190,7 @@ def train(**options: Any) -> Any:
 @_model_options
 @click.option("--adapter", type=FOLDER, help="Folder of an adapter; absent: the base model alone.")
 @click.option("--split", default="test", show_default=True)
-@click.option("--limit", type=int, help="So many items, the same in every language.")
+@click.option("--limit", type=click.IntRange(min=1), help="So many items, the same in every language.")
 @click.option("--scoring", default="auto", show_default=True, type=click.Choice(["auto", "first_token", "sequence"]))
 @click.option("--out", type=FOLDER, required=True)
 @verb
@@ -221,7 +221,7 @@ def divergence(target_ref: Path, source_ref: Path, out: Path, as_json: bool) -> 
 @click.option("--weight", type=float, required=True, help="λ: how much of the divergence is added.")
 @click.option("--space", default="factors", show_default=True, type=click.Choice(["factors", "product"]))
 @click.option("--modules", default="all", show_default=True, help="Names or roles, with commas: q_proj,attention.value")
-@click.option("--out-rank", type=int, help="Compress to this rank (product space).")
+@click.option("--out-rank", type=click.IntRange(min=1), help="Compress to this rank (product space).")
 @click.option("--verify", is_flag=True, help="Print ‖ΔW_out − ΔW_expected‖ / ‖ΔW_expected‖.")
 @click.option("--out", type=FOLDER, required=True)
 @verb

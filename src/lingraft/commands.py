@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from rich.console import Console
 
 from lingraft.config import (
@@ -125,7 +126,7 @@ def _notices(experiment: Experiment, quiet: bool) -> None:
 
     task = choice_task(experiment.task, experiment.tasks)
     if task.licence and not quiet:
-        _errors().print(f"data: {task.licence}", style="dim", highlight=False)
+        _errors().print(f"data: {task.licence}", style="dim", markup=False, highlight=False)
 
 
 def _dry_run(experiment: Experiment, out: Path, store: Path | None, as_json: bool) -> dict[str, Any] | None:
@@ -168,6 +169,8 @@ def _own_tasks(path: Path | None) -> dict[str, CustomTask]:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"the tasks cannot be read ({error.strerror})", where=path) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"this is not YAML: {getattr(error, 'problem', None) or error}", where=path) from None
     if not isinstance(tree, dict) or not isinstance(tree.get("tasks"), dict):
         raise ConfigError("this file has no `tasks:` mapping", where=path)
     return {str(name): validated(CustomTask, value, where=path) for name, value in tree["tasks"].items()}
@@ -259,7 +262,9 @@ def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options:
     if as_json:
         return {"out": str(out), **summary}
     _errors().print(
-        f"{out}: {summary['steps']} steps, {summary['tokens']} tokens in {summary['seconds']} s, loss {summary['loss']:.3f}"
+        f"{out}: {summary['steps']} steps, {summary['tokens']} tokens in {summary['seconds']} s, loss {summary['loss']:.3f}",
+        markup=False,
+        highlight=False,
     )
     return None
 
@@ -327,7 +332,7 @@ def save_divergence(target_ref: Path, source_ref: Path, out: Path, as_json: bool
     if as_json:
         return {"out": str(out), "cosine": alike["cosine"], "norms": alike["norms"]}
     cosine = "undefined (one of them is zero)" if alike["cosine"] is None else f"{alike['cosine']:.3f}"
-    _errors().print(f"{out}: cosine of the two updates {cosine}", highlight=False)
+    _errors().print(f"{out}: cosine of the two updates {cosine}", markup=False, highlight=False)
     return None
 
 
@@ -440,7 +445,7 @@ def show_report(run_dir: Path, as_json: bool, fresh: bool = True) -> dict[str, A
     if not fresh and (run_dir / "results.json").is_file():
         if as_json:
             return read_json(run_dir / "results.json")
-        _errors().print(f"results: {run_dir / 'report.md'}", highlight=False)
+        _errors().print(f"results: {run_dir / 'report.md'}", markup=False, highlight=False)
         return None
     found = results(run_dir)
     with writing(run_dir):
@@ -453,9 +458,9 @@ def show_report(run_dir: Path, as_json: bool, fresh: bool = True) -> dict[str, A
         return found
     show(found, Console())
     names = ["report.md", "results.csv", "results.json", *drawn]
-    _errors().print(f"\nwritten to {run_dir}: {', '.join(names)}", highlight=False)
+    _errors().print(f"\nwritten to {run_dir}: {', '.join(names)}", markup=False, highlight=False)
     if found["adapters"]:
-        _errors().print(f"adapters, as PEFT folders, in {run_dir / 'adapters'}", highlight=False)
+        _errors().print(f"adapters, as PEFT folders, in {run_dir / 'adapters'}", markup=False, highlight=False)
     return None
 
 

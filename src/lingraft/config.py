@@ -101,9 +101,9 @@ class SelectionConfig(Config):
 
     @model_validator(mode="after")
     def _sorted(self) -> "SelectionConfig":
-        if not self.weights and self.weight is None:
-            raise ValueError("give at least one weight")
         object.__setattr__(self, "weights", tuple(sorted({w for w in self.weights if w > 0})))
+        if not self.weights and self.weight is None:
+            raise ValueError("give at least one weight above 0")
         return self
 
 

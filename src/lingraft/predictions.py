@@ -56,7 +56,8 @@ def read_predictions(folder: Path) -> list[Prediction]:
     """
     path = folder / PREDICTIONS
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        # Not str.splitlines: JSON leaves U+2028 and its kin as they are, and a prompt may hold them.
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         return [Prediction(v["id"], v["gold"], tuple(v["scores"]), v["prompt"]) for v in lines]
     except (OSError, ValueError, KeyError) as error:
         raise StoreError(

@@ -88,8 +88,8 @@ def _run_steps(plan: Plan, todo: Sequence[Step], session: Session, events: Event
             failed[step.key] = "an input is missing"
             stopped += 1
             continue
-        events.step(step, number, len(todo))
         try:
+            events.step(step, number, len(todo))
             with session.store.making(step.kind, step.key, step.identity()) as work:
                 execute(step, session, work)
         except LingraftError as error:

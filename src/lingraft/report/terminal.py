@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -15,10 +16,10 @@ def show(found: dict[str, Any], console: Console) -> None:
     header, rows = main_table(found)
     # The intervals go below their figures: a terminal is narrow.
     table = Table(
-        title=f"{found['name']}: accuracy, percent", header_style="bold", title_justify="left", pad_edge=False
+        title=escape(f"{found['name']}: accuracy, percent"), header_style="bold", title_justify="left", pad_edge=False
     )
     for column in header:
-        table.add_column(_heading(column), justify="left" if column == "method" else "right")
+        table.add_column(escape(_heading(column)), justify="left" if column == "method" else "right")
     for row in rows:
         table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in row))
     console.print(table)
@@ -66,7 +67,7 @@ def lines(header: list[str], rows: list[list[str]], console: Console) -> None:
     """Prints a plain table."""
     table = Table(header_style="bold", pad_edge=False)
     for column in header:
-        table.add_column(column)
+        table.add_column(escape(column))
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,8 @@ def read_text(path: Path) -> str:
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file that hold anything, in order."""
-    return [line for line in (raw.strip() for raw in read_text(path).splitlines()) if line]
+    # Not str.splitlines: a line separator (U+2028) or a next-line character inside a sentence would shift parallel lines.
+    return [line for line in (raw.strip() for raw in re.split(r"\r\n|\r|\n", read_text(path))) if line]
 
 
 @dataclass(frozen=True)
