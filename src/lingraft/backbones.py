@@ -182,7 +182,7 @@ def _expand(source: Path, folder: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
         )
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    except Exception as error:  # noqa: BLE001 - a malformed file surfaces as any type, from three libraries
+    except Exception as error:
         raise BackboneError(f"this GGUF file cannot be read by transformers ({error})", where=source) from error
     model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

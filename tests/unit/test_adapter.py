@@ -382,7 +382,7 @@ def test_minus_times_and_plus_are_adamergex_in_factors_space(tmp_path: Path) -> 
             np.testing.assert_allclose(out, t + 0.6 * (r_t - r_s), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("times", [lambda d: 0.3 * d * 2, lambda d: (d * 0.6), lambda d: np.float64(0.6) * d])
+@pytest.mark.parametrize("times", [lambda d: 0.3 * d * 2, lambda d: d * 0.6, lambda d: np.float64(0.6) * d])
 def test_weights_multiply_from_either_side(tmp_path: Path, times: Any) -> None:
     target, source = references(tmp_path)
     divergence = times(Adapter.load(target) - Adapter.load(source))
@@ -471,7 +471,10 @@ def test_a_saved_divergence_keeps_the_backbone_and_a_common_start(tmp_path: Path
     notes = {"backbone": {"name": "tiny", "digest": "d"}, "init_sha256": "i"}
     target, source = references(tmp_path, sidecar=notes)
     (Adapter.load(target) - Adapter.load(source)).save(tmp_path / "divergence", {"how": "divergence"})
-    for part in (Divergence.load(tmp_path / "divergence").target_ref, Divergence.load(tmp_path / "divergence").source_ref):
+    for part in (
+        Divergence.load(tmp_path / "divergence").target_ref,
+        Divergence.load(tmp_path / "divergence").source_ref,
+    ):
         assert {k: part.sidecar[k] for k in notes} == notes
     saved = json.loads((tmp_path / "divergence" / "lingraft.json").read_text())
     assert saved["kind"] == "divergence"

@@ -42,7 +42,9 @@ STRATEGIES: dict[str, st.SearchStrategy[tuple[Site, Site, Site]]] = {
 """By the family's name: three float64 sites that fit together. A new family needs a line here."""
 
 EVERY_FAMILY = [
-    pytest.param(rule, id=f"{structure}/{space}") for structure, spaces in FAMILIES.items() for space, rule in spaces.items()
+    pytest.param(rule, id=f"{structure}/{space}")
+    for structure, spaces in FAMILIES.items()
+    for space, rule in spaces.items()
 ]
 EVERY_LAW = [
     pytest.param(rule, law, id=f"{structure}/{space}-{law.name}")
@@ -202,7 +204,16 @@ def test_product_space_is_the_formula_on_weight_updates(ranks: tuple[int, ...]) 
 
 @pytest.mark.parametrize(
     ("out", "width", "big_r", "out_rank"),
-    [(12, 9, 6, 1), (12, 9, 6, 3), (9, 12, 6, 6), (9, 12, 6, 50), (4, 9, 6, 3), (9, 4, 6, 6), (3, 3, 8, 2), (1, 5, 3, 2)],
+    [
+        (12, 9, 6, 1),
+        (12, 9, 6, 3),
+        (9, 12, 6, 6),
+        (9, 12, 6, 50),
+        (4, 9, 6, 3),
+        (9, 4, 6, 6),
+        (3, 3, 8, 2),
+        (1, 5, 3, 2),
+    ],
 )
 def test_compress_is_the_best_approximation_of_its_rank(out: int, width: int, big_r: int, out_rank: int) -> None:
     (x,) = gaussian_sites(5, out, width, (big_r,), np.float32)

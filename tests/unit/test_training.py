@@ -31,7 +31,8 @@ from lingraft.training import (
 
 SMALL = AdapterConfig(rank=2, dropout=0.1)
 EXAMPLES = [
-    Example(str(i), f"Text: {w}\nTopic:", (" yes", " no"), i % 2) for i, w in enumerate(["a", "bb", "ccc", "dddd", "eeeee"])
+    Example(str(i), f"Text: {w}\nTopic:", (" yes", " no"), i % 2)
+    for i, w in enumerate(["a", "bb", "ccc", "dddd", "eeeee"])
 ]
 
 
