@@ -10,7 +10,7 @@ is needed.
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,25 @@ import numpy as np
 from lingraft import roles
 from lingraft.algebra import Site, transfer
 from lingraft.digests import digest_file
-from lingraft.errors import AdapterError
+from lingraft.errors import AdapterError, StoreError
 from lingraft.families import family
 from lingraft.families.lora import compress, unstack
 from lingraft.store import appearing, read_json, write_json
-from lingraft.tensors import Spec, TensorFile, write_tensors
+from lingraft.tensors import DTYPES, Spec, TensorFile, write_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 SIDECAR = "lingraft.json"
 _PREFIX = "base_model.model."
+_VARIANTS = (
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+"""PEFT's options that make a LoRA layer compute something else than `s · B · A · x` at every position."""
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -134,11 +143,16 @@ class Adapter:
             for module in self.layout:
                 site = self.read(module)
                 for role in ("A", "B"):
-                    if not np.isfinite(np.asarray(site.tensors[role], dtype=np.float32)).all():
+                    with np.errstate(over="ignore"):  # Rounding may overflow float16: the check below says so.
+                        rounded = np.asarray(site.tensors[role], dtype=self.dtype)
+                    if not np.isfinite(rounded).all():
+                        place = f"{module}.lora_{role}"
                         raise AdapterError(
-                            "a value is NaN or infinite", where=f"{self.path or folder}: {module}.lora_{role}"
+                            f"a value is NaN or infinite in {self.dtype}",
+                            where=f"{self.path}: {place}" if self.path else place,
+                            remedy="look for NaN and very large values in the adapters it is made of",
                         )
-                    yield site.tensors[role]
+                    yield rounded
             yield from rest.values()
 
         write_tensors(folder / WEIGHTS, specs, values())
@@ -187,6 +201,10 @@ class Divergence:
         if out_rank is not None and space != "product":
             raise AdapterError(
                 "an output rank needs product space", remedy="add --space product, or leave --out-rank out"
+            )
+        if out_rank is not None and out_rank < 1:
+            raise AdapterError(
+                f"an output rank must be at least 1, not {out_rank}", remedy="leave --out-rank out to keep all"
             )
         if not 0 <= self.weight < float("inf"):
             raise AdapterError(f"the weight λ must be a finite number of at least 0, not {self.weight}")
@@ -291,7 +309,11 @@ class Divergence:
             "target_ranks": {m: p.rank for m, p in target.layout.items()},
             "init_sha256": hashes.pop() if len(hashes) == 1 else None,
         }
-        return Adapter(target.config, layout, target.dtype, sidecar, read)
+        dtype = _common([target.dtype, source.dtype])
+        if any(place.scaling != source.layout[m].scaling for m, place in target.layout.items()):
+            # B_s · s_s / s_t has more digits than B_s.
+            dtype = _common([dtype, np.dtype(np.float32)])
+        return Adapter(target.config, layout, dtype, sidecar, read)
 
     @classmethod
     def load(cls, path: str | Path) -> "Divergence":
@@ -377,12 +399,33 @@ def _open(folder: Path) -> Adapter:
     def other(name: str) -> Callable[[], np.ndarray[Any, Any]]:
         return lambda: tensors.read(name)
 
-    dtype = tensors.dtype(factors[next(iter(layout))]["A"])
-    return Adapter(config, layout, dtype, sidecar, read, {name: other(name) for name in others}, path=folder)
+    types = {name: tensors.dtype(name) for names in factors.values() for name in names.values()}
+    for name, dtype in types.items():
+        if dtype not in _FLOATS:
+            raise AdapterError(f"tensor '{name}' holds {dtype}, not floats", where=folder)
+    return Adapter(
+        config, layout, _common(types.values()), sidecar, read, {name: other(name) for name in others}, path=folder
+    )
+
+
+_FLOATS = frozenset(DTYPES[kind] for kind in ("F64", "F32", "F16", "BF16"))
+
+
+def _common(dtypes: Iterable[np.dtype[Any]]) -> np.dtype[Any]:
+    """A type that holds the numbers of all these: the only one, or float32, or float64 where that is among them."""
+    kinds = set(dtypes)
+    if len(kinds) == 1:
+        return kinds.pop()
+    return np.dtype(np.float64 if np.dtype(np.float64) in kinds else np.float32)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / CONFIG)
+    try:
+        config = read_json(folder / CONFIG)
+    except StoreError as error:  # Its remedy is for what lingraft can make again; an adapter may be the only copy.
+        raise AdapterError(
+            error.what, where=error.where, remedy="get the file from where the adapter came from"
+        ) from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise AdapterError(f"this is not a LoRA adapter (peft_type {kind})", where=folder / CONFIG)
@@ -393,6 +436,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         f"trained base biases (bias={config.get('bias')!r})": config.get("bias", "none") != "none",
         "replicated layers": config.get("layer_replication"),
         "target_parameters": config.get("target_parameters"),
+        **{name: config.get(name) for name in _VARIANTS},
         f"an initialisation that changes the base model ({init})": isinstance(init, str)
         and init.startswith(_CHANGES_BASE),
     }

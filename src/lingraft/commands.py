@@ -1,6 +1,7 @@
 """What the verbs do: from options to the library's functions, and from their results to what is printed."""
 
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,6 @@ class Watcher:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         self.console = _errors()
-        self.quiet = quiet
         self.bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -60,6 +60,8 @@ class Watcher:
             disable=quiet or not self.console.is_terminal,
             transient=True,
         )
+        self._lines = not quiet and not self.console.is_terminal
+        self._began = self._said = time.monotonic()
         self._all = self.bars.add_task("all steps", total=None, note="")
         self._one = self.bars.add_task("", total=None, note="", visible=False)
 
@@ -71,17 +73,27 @@ class Watcher:
         self.bars.stop()
 
     def step(self, step: "Step", number: int, total: int) -> None:
-        """A step begins."""
+        """A step of a run begins."""
+        self.bars.update(self._all, completed=number - 1, total=total)
+        self.begin(step.label, f"[{number}/{total}] ")
+
+    def begin(self, label: str, before: str = "") -> None:
+        """Work that is shown by one bar begins."""
         from rich.markup import escape
 
-        self.bars.update(self._all, completed=number - 1, total=total)
-        self.bars.reset(self._one, total=None, description=escape(step.label), visible=True)
-        if not self.quiet and not self.console.is_terminal:
-            self.console.print(f"[{number}/{total}] {step.label}", markup=False, highlight=False)
+        self.bars.reset(self._one, total=None, description=escape(label), visible=True)
+        self._began = self._said = time.monotonic()
+        if self._lines:
+            self.console.print(before + label, markup=False, highlight=False)
 
     def progress(self, done: int, total: int, note: str) -> None:
-        """A step goes on."""
+        """The work goes on; without a terminal that is said twice a minute."""
         self.bars.update(self._one, completed=done, total=total or None, note=note)
+        now = time.monotonic()
+        if self._lines and 0 < done < total and now - self._said > 30:
+            self._said = now
+            left = (now - self._began) / done * (total - done)
+            self.console.print(f"  {done}/{total} {note}, {_duration(left)} left", markup=False, highlight=False)
 
     def failure(self, step: "Step", error: Exception) -> None:
         """A step failed; the run goes on with what does not need it."""
@@ -181,11 +193,10 @@ def _groups(overrides: Sequence[str], groups: dict[str, type[Config]]) -> dict[s
     trees: dict[str, dict[str, Any]] = {name: {} for name in groups}
     for text in overrides:
         parts, value = parse_override(text)
-        if len(parts) != 2 or parts[0] not in groups:
-            raise ConfigError(
-                f"unknown key '{'.'.join(parts)}'",
-                remedy=suggestion(parts[0], groups) + " (as group.key=value)",
-            )
+        if parts[0] not in groups:
+            raise ConfigError(f"unknown key '{'.'.join(parts)}'", remedy=suggestion(parts[0], groups))
+        if len(parts) != 2:
+            raise ConfigError(f"'{text}' sets no single value", remedy=f"write {parts[0]}.key=value")
         trees[parts[0]][parts[1]] = value
     return {name: validated(model, trees[name]) for name, model in groups.items() if name != "reference"} | (
         {"reference": trees["reference"]} if "reference" in groups else {}
@@ -246,7 +257,7 @@ def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options:
             sequences = training.text_sequences(segments(lines, backbone.encode, reference, backbone.prefix))
         else:
             sequences = training.answer_sequences(backbone, task.examples(sources), values.max_length)
-        watcher.bars.reset(watcher._one, description=f"train {options['task']} {language}", visible=True)
+        watcher.begin(f"train {options['task']} {language}")
         summary = training.train(
             backbone,
             sequences,
@@ -300,7 +311,7 @@ def evaluate_model(out: Path, as_json: bool, **options: Any) -> dict[str, Any] |
         "adapter": content_digest(options["adapter"]) if options["adapter"] else None,
     }
     with appearing(out, record) as work, Watcher(as_json) as watcher:
-        watcher.bars.reset(watcher._one, description=f"evaluate {task.name} {options['language']}", visible=True)
+        watcher.begin(f"evaluate {task.name} {options['language']}")
         predictions = predict(
             Backbone(located),
             adapter,

@@ -108,6 +108,7 @@ def writing(path: Path) -> Iterator[None]:
         errno.EPERM: ("permission to write is denied", "choose another folder or change its permissions"),
         errno.EROFS: ("the file system is read-only", "choose another folder"),
         errno.ENOTDIR: ("a file is where a folder is needed", "move it away or choose another folder"),
+        errno.EEXIST: ("a file is where a folder is needed", "move it away or choose another folder"),
     }
     try:
         yield

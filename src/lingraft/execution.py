@@ -168,6 +168,8 @@ def _select(step: Step, session: Session, work: Path) -> dict[str, Any]:
     if "weight" in step.config:
         write_json(work / SELECTED, {"weight": step.config["weight"], "curve": []})
         return {}
+    # A role names its weight in six digits; the choice must be the very weight that was scored.
+    exact = {f"{weight:g}": weight for weight in step.config["weights"]}
     by_weight: dict[str, list[dict[str, float]]] = {}
     for role, scores in step.inputs.items():
         found = read_scores(session.folder(scores))
@@ -175,7 +177,7 @@ def _select(step: Step, session: Session, work: Path) -> dict[str, Any]:
         by_weight.setdefault(role.split("/")[0], []).append(values)
     curve = [
         {
-            "weight": float(weight),
+            "weight": exact[weight],
             **{m: sum(r[m] for r in rows) / len(rows) for m in rows[0]},
             "scores": len(rows),
         }

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,16 @@ def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
 def write_predictions(folder: Path, predictions: Sequence[Prediction], answers: Sequence[str]) -> None:
     """Writes predictions, a line each, with the answer's and the gold label's names."""
     with (folder / PREDICTIONS).open("w", encoding="utf-8") as file:
-        for p in predictions:
+        for given in predictions:
+            # Everything is said of the scores as they are written: between near-equals rounding may change the answer.
+            p = replace(given, scores=tuple(round(s, 6) for s in given.scores))
             line = {
                 "id": p.id,
                 "gold": p.gold,
                 "gold_label": answers[p.gold],
                 "answer": p.answer,
                 "answer_label": answers[p.answer],
-                "scores": [round(s, 6) for s in p.scores],
+                "scores": list(p.scores),
                 "prompt": p.prompt,
             }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -68,7 +71,7 @@ def read_predictions(folder: Path) -> list[Prediction]:
 def write_evaluation(folder: Path, predictions: Sequence[Prediction], answers: Sequence[str]) -> dict[str, Any]:
     """Writes predictions and their scores; gives the scores."""
     write_predictions(folder, predictions, answers)
-    result = score(predictions)
+    result = score(read_predictions(folder))
     write_json(folder / SCORES, result)
     return result
 

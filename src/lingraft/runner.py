@@ -1,5 +1,6 @@
 """Runs a plan: finished steps are skipped, a failure stops what depends on it, and everything finished is kept."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,7 +121,7 @@ def write_manifest(plan: Plan, located: Located, store: Store, out: Path) -> Non
         "format": 1,
         "experiment": plan.experiment.model_dump(mode="json"),
         "backbone": {"name": located.name, "digest": located.digest},
-        "store": str(store.root),
+        "store": os.path.relpath(store.root, out.absolute()),
         "cells": [
             {
                 "method": cell.method,

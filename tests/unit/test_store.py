@@ -208,8 +208,8 @@ def test_a_full_disk_at_the_very_end_makes_no_target(tmp_path: Path, monkeypatch
 
 def test_a_file_where_a_folder_is_needed_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match=r"file is where a folder is needed|already"):
-        with appearing(tmp_path / "file" / "target", {"n": 1}):
+    for target in (tmp_path / "file" / "target", tmp_path / "file" / "deep" / "target"):
+        with pytest.raises(StoreError, match="a file is where a folder is needed"), appearing(target, {"n": 1}):
             pytest.fail("the block must not run")
 
 

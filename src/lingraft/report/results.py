@@ -1,5 +1,6 @@
 """From a run's manifest to its results: means over seeds, intervals over items, differences to Eng-FT, gap closed."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def results(run: Path) -> dict[str, Any]:
             "this folder is not a finished run", where=run, remedy="give the --out folder of `lingraft run`"
         )
     manifest = read_json(path)
-    store, experiment = Path(manifest["store"]), manifest["experiment"]
+    store, experiment = run.absolute() / manifest["store"], manifest["experiment"]
     cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for cell in manifest["cells"]:
         cells.setdefault((cell["method"], cell["language"]), []).append(cell)
@@ -68,7 +69,7 @@ def _adapters(manifest: dict[str, Any], store: Path) -> list[dict[str, Any]]:
             "method": c["method"],
             "language": c["language"],
             "seed": c["seed"],
-            "path": str(store / c["adapter"]),
+            "path": os.path.normpath(store / c["adapter"]),
         }
         for c in manifest["cells"]
         if c["method"] in grafts

@@ -45,31 +45,35 @@ def _gap(cell: dict[str, Any] | None) -> str:
     return f"{percent(gap['value'], 0)} % [{percent(low, 0)}, {percent(high, 0)}]"
 
 
-def main_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Methods × languages: accuracy in percent with its 95 % interval, and the average against Eng-FT."""
+Table = tuple[list[str], list[list[str]]]
+"""A header and rows of text."""
+
+
+def language_table(found: dict[str, Any]) -> Table:
+    """Methods × languages: accuracy in percent with its 95 % interval; the source language first."""
     languages = [found["source"], *found["targets"]]
-    header = ["method", *languages, "average of targets", "against Eng-FT", "p", "gap closed"]
-    rows = []
+    rows: list[list[str]] = []
     for method in found["methods"].values():
-        average = method["average"]
         cells = [
             _with_interval(method["languages"].get(c)) if c in method["languages"] or c != found["source"] else ""
             for c in languages
         ]
-        rows.append(
-            [
-                method["title"],
-                *cells,
-                _with_interval(average) if average else "–",
-                _difference(average),
-                p_value((average or {}).get("p")),
-                _gap(average),
-            ]
-        )
-    return header, rows
+        rows.append([method["title"], *cells])
+    return ["method", *map(name_of, languages)], rows
 
 
-def curve_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def average_table(found: dict[str, Any]) -> Table:
+    """Methods: the average over the target languages, the difference to Eng-FT with its p, and the gap closed."""
+    rows: list[list[str]] = []
+    for method in found["methods"].values():
+        average = method["average"]
+        shown = _with_interval(average) if average else "–"
+        p = p_value((average or {}).get("p"))
+        rows.append([method["title"], shown, _difference(average), p, _gap(average)])
+    return ["method", "average of targets", "against Eng-FT", "p", "gap closed"], rows
+
+
+def curve_table(found: dict[str, Any]) -> Table:
     """The λ curve of every tuned method on the development languages; the chosen point is marked."""
     header = ["method", "λ", "gold log-likelihood", "accuracy", ""]
     rows = []
@@ -88,7 +92,7 @@ def curve_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def reference_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def reference_table(found: dict[str, Any]) -> Table:
     """cos(ΔR_t, ΔR_s): how alike the updates of the two references are, so how much the subtraction cancels."""
     rows = []
     for entry in found["references"]:
@@ -132,7 +136,8 @@ def markdown(found: dict[str, Any]) -> str:
         f"Task `{found['experiment']['task']}`, backbone `{found['backbone']['name']}`, source {name_of(found['source'])}.",
         "",
     ]
-    parts += [*_markdown_table(*main_table(found)), "", *(f"- {note}" for note in notes(found)), ""]
+    parts += [*_markdown_table(*language_table(found)), "", *_markdown_table(*average_table(found)), ""]
+    parts += [*(f"- {note}" for note in notes(found)), ""]
     if found["selections"]:
         parts += ["## λ on the development languages", "", *_markdown_table(*curve_table(found)), ""]
     if found["references"]:

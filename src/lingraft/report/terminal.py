@@ -2,49 +2,39 @@
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from lingraft.languages import name_of
-from lingraft.report.tables import main_table, notes, percent, reference_table
+from lingraft.report.tables import average_table, language_table, notes, percent, reference_table
 
 
 def show(found: dict[str, Any], console: Console) -> None:
-    """Prints the main table, the λ curves and the references' likeness."""
-    header, rows = main_table(found)
-    # The intervals go below their figures: a terminal is narrow.
-    table = Table(
-        title=escape(f"{found['name']}: accuracy, percent"), header_style="bold", title_justify="left", pad_edge=False
-    )
-    for column in header:
-        table.add_column(escape(_heading(column)), justify="left" if column == "method" else "right")
-    for row in rows:
-        table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in row))
-    console.print(table)
+    """Prints accuracies, the averages against Eng-FT, the λ curves and the references' likeness."""
+    header, rows = language_table(found)
+    # An interval goes below its figure, and is left out where the terminal is too narrow for it.
+    if console.width < 24 + 14 * (len(header) - 1):
+        rows = [[cell.split(" [")[0] for cell in row] for row in rows]
+    _table(f"{found['name']}: accuracy, percent", header, rows, console)
+    _table("\nThe target languages together", *average_table(found), console)
     for note in notes(found):
-        console.print(Text(f"  {note}"), style="dim")
+        console.print(Text(f"· {note}"), style="dim")
     if found["selections"]:
         console.print(Text("\nλ on the development languages (gold log-likelihood, accuracy)"), style="bold")
         _curves(found, console)
     if found["references"]:
-        header, rows = reference_table(found)
-        table = Table(
-            title="\nLikeness of the reference updates",
-            header_style="bold",
-            title_justify="left",
-            pad_edge=False,
-        )
-        for column in header:
-            table.add_column(column, justify="left" if column == "language" else "right")
-        for row in rows:
-            table.add_row(*map(Text, row))
-        console.print(table)
+        _table("\nLikeness of the reference updates", *reference_table(found), console)
 
 
-def _heading(column: str) -> str:
-    return name_of(column) if len(column) == 2 else column
+def _table(title: str, header: list[str], rows: list[list[str]], console: Console) -> None:
+    table = Table(title=title, title_style="bold", header_style="bold", title_justify="left", box=box.SIMPLE_HEAD)
+    for number, column in enumerate(header):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in row))
+    console.print(table)
 
 
 def _curves(found: dict[str, Any], console: Console) -> None:
@@ -65,7 +55,7 @@ def _curves(found: dict[str, Any], console: Console) -> None:
 
 def lines(header: list[str], rows: list[list[str]], console: Console) -> None:
     """Prints a plain table."""
-    table = Table(header_style="bold", pad_edge=False)
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD)
     for column in header:
         table.add_column(escape(column))
     for row in rows:
