@@ -18,23 +18,25 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 
-from lingraft.backbones import Backbone, environment, locate
+from lingraft.backbones import Backbone, environment
+from lingraft.batching import TokenSequence, micro_batches
 from lingraft.config import AdapterConfig, BackboneConfig
+from lingraft.locating import locate
 from lingraft.losses import summed_cross_entropy
-from lingraft.training import Sequence_, batch_loss, initial_tensors, micro_batches
+from lingraft.training import batch_loss, initial_tensors
 
 ROUNDS = 5
 
 
-def sequences(task: str) -> list[Sequence_]:
+def sequences(task: str) -> list[TokenSequence]:
     """16 sequences of 20 to 60 tokens; the loss on the last three (an answer) or on all."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(20, 60, (16,), generator=generator).tolist()
     ids = [torch.randint(5, 20_000, (n,), generator=generator).tolist() for n in lengths]
-    return [Sequence_(tuple(i), len(i) - 3 if task == "answer" else 1) for i in ids]
+    return [TokenSequence(tuple(i), len(i) - 3 if task == "answer" else 1) for i in ids]
 
 
-def full_logits(backbone: Backbone, chosen: list[Sequence_]) -> float:
+def full_logits(backbone: Backbone, chosen: list[TokenSequence]) -> float:
     """The usual way: logits of every position, cross-entropy with ignored labels."""
     width = max(len(s.ids) for s in chosen)
     ids = torch.full((len(chosen), width), backbone.pad_id)
@@ -50,7 +52,7 @@ def full_logits(backbone: Backbone, chosen: list[Sequence_]) -> float:
     return float(loss.detach())
 
 
-def ours(backbone: Backbone, chosen: list[Sequence_]) -> float:
+def ours(backbone: Backbone, chosen: list[TokenSequence]) -> float:
     return batch_loss(backbone, chosen, backward=lambda loss: loss.backward())
 
 

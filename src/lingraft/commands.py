@@ -142,7 +142,7 @@ def _notices(experiment: Experiment, quiet: bool) -> None:
 
 
 def _dry_run(experiment: Experiment, out: Path, store: Path | None, as_json: bool) -> dict[str, Any] | None:
-    from lingraft.backbones import locate
+    from lingraft.locating import locate
     from lingraft.plan import make_plan
     from lingraft.report.terminal import lines
     from lingraft.runner import estimates, pending
@@ -204,7 +204,7 @@ def _groups(overrides: Sequence[str], groups: dict[str, type[Config]]) -> dict[s
 
 
 def _backbone(options: dict[str, Any]) -> Any:
-    from lingraft.backbones import locate
+    from lingraft.locating import locate
 
     names = ("model", "revision", "dtype", "device", "trust_remote_code")
     return locate(validated(BackboneConfig, {k: options[k] for k in names}))
@@ -227,7 +227,7 @@ def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options:
                 remedy="for example --data-dir bundled --text udhr/{language}.txt",
             )
         reference = validated(ReferenceConfig, {**groups["reference"], "text": options["text"]})
-        what: dict[str, Any] = {"reference": reference.key()}
+        what: dict[str, Any] = {"reference": reference.key("data_dir")}
     else:
         task = choice_task(options["task"], _own_tasks(options["tasks_file"]))
         sources = task.sources(language, "train", data_dir)
@@ -236,7 +236,7 @@ def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options:
     from lingraft.backbones import Backbone, training_stack
 
     training_stack()
-    from lingraft import training
+    from lingraft import batching, training
     from lingraft.tasks.reference import segments, text_path
     from lingraft.tasks.sources import read_lines
 
@@ -254,9 +254,9 @@ def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options:
         backbone = Backbone(located)
         if plain_text:
             lines = read_lines(text_path(reference.text, language, data_dir))  # pyright: ignore[reportArgumentType]
-            sequences = training.text_sequences(segments(lines, backbone.encode, reference, backbone.prefix))
+            sequences = batching.text_sequences(segments(lines, backbone.encode, reference, backbone.prefix))
         else:
-            sequences = training.answer_sequences(backbone, task.examples(sources), values.max_length)
+            sequences = batching.answer_sequences(backbone, task.examples(sources), values.max_length)
         watcher.begin(f"train {options['task']} {language}")
         summary = training.train(
             backbone,
@@ -456,7 +456,7 @@ def show_report(run_dir: Path, as_json: bool, fresh: bool = True) -> dict[str, A
     if not fresh and (run_dir / "results.json").is_file():
         if as_json:
             return read_json(run_dir / "results.json")
-        _errors().print(f"results: {run_dir / 'report.md'}", markup=False, highlight=False)
+        _errors().print(f"results: lingraft report {run_dir}", markup=False, highlight=False)
         return None
     found = results(run_dir)
     with writing(run_dir):

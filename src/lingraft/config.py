@@ -74,6 +74,7 @@ class ReferenceConfig(Config):
 
     task: Literal["clm"] = "clm"
     text: str = Field(description="path with {language} in it, below the data folder")
+    data_dir: str | None = Field(default=None, description="folder of the text; absent: as the task's, or 'bundled'")
     unit: Literal["packed", "line"] = Field(
         "packed",
         description="'packed': equal segments of running text; 'line': one segment a line (parallel text)",
@@ -250,10 +251,11 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         raise ConfigError(f"this is not YAML: {getattr(error, 'problem', error)}", where=where) from None
     if not isinstance(tree, dict):
         raise ConfigError("an experiment is a mapping of keys to values", where=path)
-    data_dir = tree.get("data_dir")
-    if isinstance(data_dir, str) and data_dir != "bundled":
-        # A path in a file means the same wherever the command is run from.
-        tree["data_dir"] = str(path.parent / data_dir)
+    for part in (tree, tree.get("reference")):
+        data_dir = part.get("data_dir") if isinstance(part, dict) else None
+        if isinstance(part, dict) and isinstance(data_dir, str) and data_dir != "bundled":
+            # A path in a file means the same wherever the command is run from.
+            part["data_dir"] = str(path.parent / data_dir)
     for override in overrides:
         parts, value = parse_override(override)
         _set(tree, parts, value)

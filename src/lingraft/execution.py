@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from lingraft import __version__
 from lingraft.adapter import Adapter
-from lingraft.backbones import Located
 from lingraft.config import AdapterConfig, Experiment, TrainingConfig
 from lingraft.errors import DataError
+from lingraft.locating import Located
 from lingraft.merging import content_digest, divergence_of, energy_kept, graft, similarity
 from lingraft.plan import Step
 from lingraft.predictions import SCORES, read_predictions, read_scores, score, write_predictions
 from lingraft.store import Store, read_json, write_json
 from lingraft.tasks.choice import Example, bundled_or, subset
-from lingraft.tasks.reference import segments, text_path
-from lingraft.tasks.sources import BUNDLED, read_lines
+from lingraft.tasks.reference import reference_path, segments
+from lingraft.tasks.sources import read_lines
 from lingraft.tasks.table import choice_task
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def execute(step: Step, session: Session, work: Path) -> None:
 
 
 def _train(step: Step, session: Session, work: Path) -> dict[str, Any]:
-    from lingraft import training
+    from lingraft import batching, training
 
     config = step.config
     values = TrainingConfig(**config["training"])
@@ -85,16 +85,16 @@ def _train(step: Step, session: Session, work: Path) -> dict[str, Any]:
     what: dict[str, Any] = {"language": config["language"]}
     if "reference" in config:
         reference = session.experiment.reference
-        path = text_path(reference.text, config["language"], session.data_dir or BUNDLED)
+        path = reference_path(reference, config["language"], session.experiment.data_dir)
         pieces = segments(read_lines(path), backbone.encode, reference, backbone.prefix)
-        sequences = training.text_sequences(pieces)
+        sequences = batching.text_sequences(pieces)
         what["reference"] = config["reference"]
     elif config.get("initial"):
         # One sequence, read zero times: the adapter stays what all trainings of the seed start from.
-        sequences = training.text_sequences([[0, 0]])
+        sequences = batching.text_sequences([[0, 0]])
         what["initial"] = True
     else:
-        sequences = training.answer_sequences(
+        sequences = batching.answer_sequences(
             backbone, session.examples(config["language"], "train", None), values.max_length
         )
         what["task"] = config["task"]["task"]

@@ -11,14 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lingraft.backbones import Located
 from lingraft.config import Experiment, TrainingConfig
 from lingraft.digests import digest_file, digest_value
 from lingraft.errors import ConfigError, DataError
+from lingraft.locating import Located
 from lingraft.methods import Method, method
 from lingraft.tasks.choice import ChoiceTask, bundled_or
-from lingraft.tasks.reference import text_path
-from lingraft.tasks.sources import BUNDLED
+from lingraft.tasks.reference import reference_path
 from lingraft.tasks.table import choice_task
 
 VERSIONS = {"train": 1, "merge": 1, "predict": 1, "score": 1, "select": 1, "compare": 1}
@@ -203,10 +202,9 @@ class _Planner:
     def reference_adapter(self, language: str, seed: int) -> Step:
         """The reference task's adapter in a language."""
         config = self.experiment.reference
-        # Bundled text serves experiments whose task comes from the hub.
-        path = text_path(config.text, language, self.data_dir or BUNDLED)
+        path = reference_path(config, language, self.experiment.data_dir)
         return self._training(
-            {"reference": config.key("text"), "language": language},
+            {"reference": config.key("text", "data_dir"), "language": language},
             self.experiment.reference_values,
             seed,
             {},
@@ -371,7 +369,7 @@ def characters(experiment: Experiment, steps: Sequence[Step]) -> dict[str, int]:
         config = step.config
         path: Path | None = None
         if "reference" in config:
-            path = text_path(experiment.reference.text, config["language"], data_dir or BUNDLED)
+            path = reference_path(experiment.reference, config["language"], experiment.data_dir)
         elif "split" in config and data_dir is not None:
             path = getattr(task.source(config["language"], config["split"], data_dir), "path", None)
         if path is not None:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lingraft.backbones import Located, locate
 from lingraft.config import Experiment
 from lingraft.digests import digest_value
 from lingraft.errors import Interrupted, LingraftError, RunFailed, UserError, suggestion
 from lingraft.execution import SELECTED, SIMILARITY, Session, execute
+from lingraft.locating import Located, locate
 from lingraft.plan import Plan, Step, characters, make_plan
 from lingraft.store import Store, write_json
 

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +21,11 @@ from peft import LoraConfig, get_peft_model_state_dict
 from lingraft import __version__
 from lingraft.adapter import CONFIG, SIDECAR, WEIGHTS, Adapter
 from lingraft.backbones import Backbone, environment
+from lingraft.batching import TokenSequence, batches, derived_seed, loss_positions, micro_batches, steps_of
 from lingraft.config import AdapterConfig, TrainingConfig
-from lingraft.digests import digest_value
-from lingraft.errors import AdapterError, DataError, LingraftError, UserError
+from lingraft.errors import AdapterError, LingraftError, UserError
 from lingraft.losses import summed_cross_entropy
 from lingraft.store import write_json
-from lingraft.tasks.choice import Example
 from lingraft.tensors import TensorFile, write_all
 
 if TYPE_CHECKING:
@@ -37,82 +35,6 @@ CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
 Progress = Callable[[int, int, float], None]
 """Called with the steps done, the steps in all, and the loss."""
-
-
-@dataclass(frozen=True)
-class Sequence_:
-    """Token ids, and from which position on the loss is taken (the first predicted position)."""
-
-    ids: tuple[int, ...]
-    start: int
-
-
-def answer_sequences(backbone: Backbone, examples: Sequence[Example], max_length: int) -> list[Sequence_]:
-    """Prompt and gold answer as ids; the loss is on the answer and the end of text only.
-
-    A prompt that is too long loses its beginning, never the answer.
-
-    Raises:
-        DataError: There is no example.
-    """
-    if not examples:
-        raise DataError("there is nothing to train on")
-    prompts = [backbone.encode(e.prompt) for e in examples]
-    whole = [backbone.encode(e.prompt + e.candidates[e.gold]) for e in examples]
-    end = [backbone.tokenizer.eos_token_id] if backbone.tokenizer.eos_token_id is not None else []
-    found = []
-    for prompt, ids in zip(prompts, whole, strict=True):
-        # Where a token crosses the boundary, the loss starts with that token.
-        shared = next(
-            (i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b),
-            min(len(prompt), len(ids)),
-        )
-        ids = [*ids, *end]
-        cut = max(0, len(backbone.prefix) + len(ids) - max_length)
-        ids = [*backbone.prefix, *ids[cut:]]
-        found.append(Sequence_(tuple(ids), max(1, len(backbone.prefix) + shared - cut)))
-    return found
-
-
-def text_sequences(segments: Sequence[Sequence[int]]) -> list[Sequence_]:
-    """Language modelling: the loss is on every position but the first.
-
-    Raises:
-        DataError: There is no segment.
-    """
-    if not segments:
-        raise DataError(
-            "the reference text is too short for one segment",
-            remedy="give more text, or a smaller segment_tokens",
-        )
-    return [Sequence_(tuple(ids), 1) for ids in segments]
-
-
-def derived_seed(*parts: object) -> int:
-    """A seed that is a function of its parts."""
-    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big") >> 1
-
-
-def batches(lengths: Sequence[int], config: TrainingConfig, seed: int, epoch: int) -> list[list[int]]:
-    """The batches of one epoch, as indices.
-
-    With `group_by_length` a batch holds examples of similar length, which saves padding; without, the order depends on
-    the seed and the number of examples alone, so that parallel texts are read in the same order in two languages.
-    """
-    order = np.random.default_rng(derived_seed("order", seed, epoch)).permutation(len(lengths)).tolist()
-    size = config.batch_size
-    if config.group_by_length:
-        pool = size * 8
-        pools = [sorted(order[i : i + pool], key=lambda n: lengths[n]) for i in range(0, len(order), pool)]
-        order_of_batches = [p[i : i + size] for p in pools for i in range(0, len(p), size)]
-        shuffled = np.random.default_rng(derived_seed("batches", seed, epoch)).permutation(len(order_of_batches))
-        return [order_of_batches[i] for i in shuffled]
-    return [order[i : i + size] for i in range(0, len(order), size)]
-
-
-def steps_of(count: int, config: TrainingConfig) -> int:
-    """The number of optimiser steps for so many examples; part of an epoch is rounded up."""
-    return math.ceil(config.epochs * math.ceil(count / config.batch_size))
 
 
 def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
@@ -150,35 +72,8 @@ def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def micro_batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Splits a batch into parts of near-equal length, longest first, so that little is padding.
-
-    The gradients of the parts add up to the batch's: the split changes speed, not what is learned.
-    """
-    parts: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        widest = lengths[parts[-1][0]] if parts else 0
-        # A part below some 256 tokens wastes more in small matrix products than padding would.
-        if parts and (lengths[index] > 0.75 * widest or widest * len(parts[-1]) < 256):
-            parts[-1].append(index)
-        else:
-            parts.append([index])
-    return parts
-
-
-def loss_positions(chosen: Sequence[Sequence_], share: float, seed: int) -> list[np.ndarray[Any, Any]]:
-    """For every sequence, the positions whose *next* token takes a loss: all from its start on, or a drawn share of them."""
-    found = [np.arange(s.start - 1, len(s.ids) - 1) for s in chosen]
-    if share >= 1:
-        return found
-    rng = np.random.default_rng(seed)
-    drawn = [where[rng.random(len(where)) < share] for where in found]
-    # At least one position, or a batch of short sequences would have no loss at all.
-    return drawn if any(len(where) for where in drawn) else found
-
-
 def _forward(
-    backbone: Backbone, chosen: Sequence[Sequence_], positions: Sequence[np.ndarray[Any, Any]]
+    backbone: Backbone, chosen: Sequence[TokenSequence], positions: Sequence[np.ndarray[Any, Any]]
 ) -> torch.Tensor:
     """Summed cross-entropy over the positions given; padding stands on the right, where a causal model does not look."""
     width = max(len(s.ids) for s in chosen)
@@ -199,7 +94,7 @@ def _forward(
 
 def batch_loss(
     backbone: Backbone,
-    chosen: Sequence[Sequence_],
+    chosen: Sequence[TokenSequence],
     *,
     share: float = 1.0,
     seed: int = 0,
@@ -229,7 +124,7 @@ def batch_loss(
 
 def train(
     backbone: Backbone,
-    sequences: Sequence[Sequence_],
+    sequences: Sequence[TokenSequence],
     out: Path,
     *,
     adapter: AdapterConfig | None = None,
@@ -332,7 +227,7 @@ def _tensors_of(folder: Path, like: dict[str, torch.Tensor]) -> dict[str, torch.
 def _loop(
     backbone: Backbone,
     model: Any,
-    sequences: Sequence[Sequence_],
+    sequences: Sequence[TokenSequence],
     out: Path,
     config: TrainingConfig,
     seed: int,
@@ -474,8 +369,3 @@ def _last_loss(out: Path) -> float | None:
         return None
     tail = [json.loads(line)["loss"] for line in lines[-max(1, len(lines) // 10) :]]
     return sum(tail) / len(tail)
-
-
-def sequences_digest(sequences: Sequence[Sequence_]) -> str:
-    """A digest of what was learned, for provenance."""
-    return digest_value([[s.start, *s.ids] for s in sequences], 16)

@@ -18,10 +18,11 @@ import torch
 
 from lingraft import plan
 from lingraft.adapter import Adapter, content_digest
-from lingraft.backbones import Backbone, locate
+from lingraft.backbones import Backbone
 from lingraft.config import load_experiment
 from lingraft.errors import Interrupted, RunFailed
 from lingraft.evaluation import predict
+from lingraft.locating import locate
 from lingraft.plan import Step, make_plan
 from lingraft.report.results import results
 from lingraft.runner import Events, pending, run

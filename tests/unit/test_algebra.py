@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from tests.unit.largest import Largest
 
 from lingraft.algebra import Law, Site, transfer
 from lingraft.errors import AdapterError, UserError
 from lingraft.families import FAMILIES, family
 from lingraft.families.lora import LoraFactors, LoraProduct, compress, effect, inner_product, rank, unstack
+from tests.unit.largest import Largest
 
 NUMBERS = st.floats(-8, 8, width=32)
 SCALINGS = st.sampled_from([0.125, 2 / 3, 1.0, 2.0, 16 / 8**0.5])

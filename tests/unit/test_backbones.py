@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lingraft.backbones import Backbone, locate
+from lingraft.backbones import Backbone
+from lingraft.batching import text_sequences
 from lingraft.config import AdapterConfig, BackboneConfig
 from lingraft.errors import AdapterError, BackboneError, UserError
-from lingraft.training import initial_tensors, text_sequences, train
+from lingraft.locating import locate
+from lingraft.training import initial_tensors, train
 from tests.conftest import save_tiny_model
 
 

@@ -237,6 +237,13 @@ def test_a_relative_data_folder_is_relative_to_the_file(tmp_path: Path, monkeypa
     assert load_experiment(path, ["data_dir=data"]).data_dir == "data"
 
 
+def test_a_relative_folder_of_the_reference_text_is_relative_to_the_file_too(tmp_path: Path):
+    text = YAML.replace('{language}.txt"}', '{language}.txt", data_dir: texts}')
+    assert load_experiment(written(tmp_path, text)).reference.data_dir == str(tmp_path / "texts")
+    bundled = text.replace("data_dir: texts", "data_dir: bundled")
+    assert load_experiment(written(tmp_path, bundled)).reference.data_dir == "bundled"
+
+
 def test_absolute_and_bundled_data_folders_stay_as_they_are(tmp_path: Path):
     assert load_experiment(written(tmp_path)).data_dir == "bundled"
     path = written(tmp_path, YAML.replace("data_dir: bundled", "data_dir: /somewhere"))

@@ -7,12 +7,13 @@ import torch
 
 from lingraft.adapter import Adapter
 from lingraft.backbones import Backbone
+from lingraft.batching import answer_sequences
 from lingraft.config import AdapterConfig, TrainingConfig
 from lingraft.errors import DataError, UserError
 from lingraft.evaluation import evaluate, predict
 from lingraft.predictions import read_predictions, read_scores
 from lingraft.tasks.choice import Example
-from lingraft.training import answer_sequences, train
+from lingraft.training import train
 
 DISTINCT = [
     Example(str(i), f"Text: {'word ' * i}end\nTopic:", (" apple", " banana", " cherry"), i % 3) for i in range(9)

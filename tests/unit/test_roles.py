@@ -145,5 +145,5 @@ def test_a_choice_that_matches_nothing_is_an_error_that_lists_what_there_is(chos
 
 
 def test_a_role_that_the_architecture_lacks_is_an_error() -> None:
-    with pytest.raises(UserError, match="feed_forward.gate"):
+    with pytest.raises(UserError, match=r"feed_forward\.gate"):
         select(BERT, "feed_forward.gate")

@@ -302,6 +302,16 @@ def test_xcopa_without_the_english_file_is_read_as_it_is(tmp_path: Path):
     assert asked("xcopa", "validation", folder)[0] == ("cause", 0)
 
 
+def test_xcopas_question_is_repaired_from_the_hub_too():
+    sources = TASKS["xcopa"].sources("sw", "validation", None, "abc")
+    assert sources == [
+        HubSource("cambridgeltl/xcopa", "sw", "validation", "abc"),
+        HubSource("aps/super_glue", "copa", "validation"),
+    ]
+    assert len(TASKS["xcopa"].sources("sw", "test", None)) == 1
+    assert len(TASKS["xcopa-raw"].sources("sw", "validation", None)) == 1
+
+
 def test_xcopas_prompt_and_answers(tmp_path: Path):
     row = TASKS["xcopa"]
     first = row.examples(row.sources("sw", "validation", xcopa(tmp_path)))[0]

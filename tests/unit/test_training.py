@@ -11,23 +11,19 @@ from hypothesis import strategies as st
 
 from lingraft.adapter import Adapter
 from lingraft.backbones import Backbone
-from lingraft.config import AdapterConfig, TrainingConfig
-from lingraft.errors import AdapterError, DataError, LingraftError, UserError
-from lingraft.tasks.choice import Example
-from lingraft.training import (
-    Sequence_,
+from lingraft.batching import (
+    TokenSequence,
     answer_sequences,
-    batch_loss,
     batches,
-    hash_tensors,
-    initial_tensors,
-    learning_rate,
     loss_positions,
     micro_batches,
     steps_of,
     text_sequences,
-    train,
 )
+from lingraft.config import AdapterConfig, TrainingConfig
+from lingraft.errors import AdapterError, DataError, LingraftError, UserError
+from lingraft.tasks.choice import Example
+from lingraft.training import batch_loss, hash_tensors, initial_tensors, learning_rate, train
 
 SMALL = AdapterConfig(rank=2, dropout=0.1)
 EXAMPLES = [
@@ -104,7 +100,7 @@ def test_micro_batches_hold_every_item_once(lengths: list[int]) -> None:
 
 @given(st.lists(st.integers(2, 50), min_size=1, max_size=20), st.floats(0.01, 1), st.integers(0, 99))
 def test_drawn_positions_are_a_subset_and_never_none(lengths: list[int], share: float, seed: int) -> None:
-    chosen = [Sequence_(tuple(range(n)), 1) for n in lengths]
+    chosen = [TokenSequence(tuple(range(n)), 1) for n in lengths]
     drawn = loss_positions(chosen, share, seed)
     assert sum(map(len, drawn)) > 0
     for sequence, where in zip(chosen, drawn, strict=True):

@@ -29,9 +29,11 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 
 def _table(title: str, header: list[str], rows: list[list[str]], console: Console) -> None:
-    table = Table(title=title, title_style="bold", header_style="bold", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=escape(title), title_style="bold", header_style="bold", title_justify="left", box=box.SIMPLE_HEAD
+    )
     for number, column in enumerate(header):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
+        table.add_column(escape(column), justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in row))
     console.print(table)

@@ -53,6 +53,7 @@ class ChoiceTask:
         hubs: Where it lies on the hub, by split and whether the language is the source's; see `Hub`.
         licence: What to tell the user on first use.
         companion: A path whose rows correct the main ones (see `repair`); used where the file exists.
+        hub_companion: The same on the hub.
         repair: Combines the rows with the companion's.
         note: Said in the report.
     """
@@ -66,6 +67,7 @@ class ChoiceTask:
     hubs: Callable[[str, str], Hub | None] = field(default=lambda language, split: None)
     licence: str | None = None
     companion: Mapping[str, str] = field(default_factory=dict)
+    hub_companion: Mapping[str, Hub] = field(default_factory=dict)
     repair: Callable[[list[Row], list[Row]], list[Row]] | None = None
     note: str | None = None
 
@@ -100,6 +102,9 @@ class ChoiceTask:
     def sources(self, language: str, split: str, data_dir: Path | None, revision: str | None = None) -> list[Source]:
         """The rows' source and, where it exists, the companion's."""
         found = [self.source(language, split, data_dir, revision)]
+        if data_dir is None and split in self.hub_companion:
+            hub = self.hub_companion[split]
+            found.append(HubSource(hub.repository, hub.config, hub.splits[split]))
         if data_dir is not None and split in self.companion:
             path = data_dir / self._fill(self.companion[split], language)
             if path.is_file():

@@ -6,6 +6,17 @@ from pathlib import Path
 from lingraft.config import ReferenceConfig
 from lingraft.errors import DataError, UserError
 from lingraft.languages import LANGUAGES
+from lingraft.tasks.choice import bundled_or
+from lingraft.tasks.sources import BUNDLED
+
+
+def reference_path(config: ReferenceConfig, language: str, data_dir: str | Path | None) -> Path:
+    """The file of a language's reference text: below the reference's own folder, else the task's, else the bundled data.
+
+    Raises:
+        DataError: There is none.
+    """
+    return text_path(config.text, language, bundled_or(config.data_dir or data_dir) or BUNDLED)
 
 
 def text_path(pattern: str, language: str, data_dir: Path) -> Path:

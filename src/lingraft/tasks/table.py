@@ -33,9 +33,12 @@ def _sib_hub(language: str, split: str) -> Hub:
     return Hub("Davlan/sib200", "{flores}", {"train": "train", "validation": "validation", "test": "test"})
 
 
+_COPA = Hub("aps/super_glue", "copa", {"train": "train", "validation": "validation"})
+
+
 def _copa_hub(language: str, split: str) -> Hub:
     if language == "en":
-        return Hub("aps/super_glue", "copa", {"train": "train", "validation": "validation"})
+        return _COPA
     return Hub("cambridgeltl/xcopa", "{language}", {"validation": "validation", "test": "test"})
 
 
@@ -57,6 +60,7 @@ _XCOPA = ChoiceTask(
     hubs=_copa_hub,
     licence="XCOPA: CC BY 4.0; COPA: BSD-2-Clause",
     companion={"validation": "copa_en/val.jsonl"},
+    hub_companion={"validation": _COPA},
     repair=_english_question,
     note="XCOPA's question field is wrong in some languages: on validation it is taken from the English item, "
     "on test, which has no English file, it is used as it is.",
@@ -81,7 +85,7 @@ TASKS: dict[str, ChoiceTask] = {
         licence="SIB-200: Apache-2.0, text CC BY-SA 4.0; lingraft's bundled sentences: CC0",
     ),
     "xcopa": _XCOPA,
-    "xcopa-raw": replace(_XCOPA, name="xcopa-raw", companion={}, repair=None, note=None),
+    "xcopa-raw": replace(_XCOPA, name="xcopa-raw", companion={}, hub_companion={}, repair=None, note=None),
 }
 
 
