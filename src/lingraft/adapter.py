@@ -9,7 +9,6 @@ is needed.
 """
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,45 +19,27 @@ import numpy as np
 from lingraft import roles
 from lingraft.algebra import Site, transfer
 from lingraft.digests import digest_file
-from lingraft.errors import AdapterError, StoreError
+from lingraft.errors import AdapterError
 from lingraft.families import family
 from lingraft.families.lora import compress, unstack
-from lingraft.store import appearing, read_json, write_json
-from lingraft.tensors import DTYPES, Spec, TensorFile, write_tensors
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-SIDECAR = "lingraft.json"
-_PREFIX = "base_model.model."
-_VARIANTS = (
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
+from lingraft.peft_layout import (
+    CONFIG,
+    PREFIX,
+    SIDECAR,
+    WEIGHTS,
+    Place,
+    check_folder,
+    config_for,
+    place_of,
+    read_config,
+    read_sidecar,
 )
-"""PEFT's options that make a LoRA layer compute something else than `s · B · A · x` at every position."""
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+from lingraft.store import appearing, write_json
+from lingraft.tensors import DTYPES, Spec, TensorFile, write_tensors
 
 
 class AdapterWarning(UserWarning):
     """Something about a merge that deserves a look but does not make it wrong."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """One site's shape: the features going in and out, the rank, and the scaling."""
-
-    in_features: int
-    out_features: int
-    rank: int
-    scaling: float
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The shape of the weight it adds to: out × in."""
-        return self.out_features, self.in_features
 
 
 @dataclass(frozen=True)
@@ -134,8 +115,8 @@ class Adapter:
         """Writes the adapter's files into a folder that exists, one site at a time."""
         specs: list[Spec] = []
         for module, place in self.layout.items():
-            specs.append((f"{_PREFIX}{module}.lora_A.weight", (place.rank, place.in_features), self.dtype))
-            specs.append((f"{_PREFIX}{module}.lora_B.weight", (place.out_features, place.rank), self.dtype))
+            specs.append((f"{PREFIX}{module}.lora_A.weight", (place.rank, place.in_features), self.dtype))
+            specs.append((f"{PREFIX}{module}.lora_B.weight", (place.out_features, place.rank), self.dtype))
         rest = {name: read() for name, read in sorted(self.others.items())}
         specs += [(name, value.shape, value.dtype) for name, value in rest.items()]
 
@@ -153,10 +134,13 @@ class Adapter:
                             remedy="look for NaN and very large values in the adapters it is made of",
                         )
                     yield rounded
-            yield from rest.values()
+            for name, value in rest.items():
+                if not np.isfinite(np.asarray(value, dtype=np.float32)).all():
+                    raise AdapterError("a value is NaN or infinite", where=name)
+                yield value
 
         write_tensors(folder / WEIGHTS, specs, values())
-        write_json(folder / CONFIG, _config_for(self))
+        write_json(folder / CONFIG, config_for(self.config, self.layout))
         made = {"provenance": dict(provenance)} if provenance is not None else {}
         write_json(folder / SIDECAR, {**self.sidecar, **made})
 
@@ -313,7 +297,8 @@ class Divergence:
         if any(place.scaling != source.layout[m].scaling for m, place in target.layout.items()):
             # B_s · s_s / s_t has more digits than B_s.
             dtype = _common([dtype, np.dtype(np.float32)])
-        return Adapter(target.config, layout, dtype, sidecar, read)
+        config = {**target.config, "modules_to_save": None}  # heads have no divergence
+        return Adapter(config, layout, dtype, sidecar, read)
 
     @classmethod
     def load(cls, path: str | Path) -> "Divergence":
@@ -358,38 +343,21 @@ def content_digest(folder: Path) -> str:
 
 
 def _open(folder: Path) -> Adapter:
-    if not folder.is_dir():
-        raise AdapterError("there is no such adapter folder", where=folder, remedy="check the path")
-    if not (folder / CONFIG).is_file():
-        raise AdapterError(f"this folder has no {CONFIG}", where=folder, remedy="give the folder of a PEFT adapter")
-    if not (folder / WEIGHTS).is_file():
-        if (folder / "adapter_model.bin").is_file():
-            raise AdapterError(
-                "this adapter is a pickle (adapter_model.bin), which can run code when it is opened",
-                where=folder,
-                remedy='where you trust it, convert it: python -c "import sys, torch; from safetensors.torch import save_file; '
-                "d = sys.argv[1]; save_file(torch.load(d + '/adapter_model.bin', weights_only=True), "
-                f"d + '/{WEIGHTS}')\" {folder}",
-            )
-        raise AdapterError(f"this folder has no {WEIGHTS}", where=folder, remedy="give the folder of a PEFT adapter")
-    config = _read_config(folder)
-    sidecar = (
-        read_json(folder / SIDECAR)
-        if (folder / SIDECAR).is_file()
-        else {"format": 1, "kind": "adapter", "family": "lora"}
-    )
+    check_folder(folder)
+    config = read_config(folder)
+    sidecar = read_sidecar(folder)
     tensors = TensorFile(folder / WEIGHTS)
     factors: dict[str, dict[str, str]] = {}
     others: list[str] = []
     for name in tensors.names:
-        stem, _, ending = name.removeprefix(_PREFIX).rpartition(".lora_")
+        stem, _, ending = name.removeprefix(PREFIX).rpartition(".lora_")
         if stem and ending in ("A.weight", "B.weight"):
             factors.setdefault(stem, {})[ending[0]] = name
         elif "lora_" in name:
             raise AdapterError(f"tensor '{name}' is of a LoRA variant that cannot be merged", where=folder)
         else:
             others.append(name)
-    layout = {m: _place(tensors, config, m, names, folder) for m, names in sorted(factors.items())}
+    layout = {m: place_of(tensors, config, m, names, folder) for m, names in sorted(factors.items())}
     if not layout:
         raise AdapterError("this adapter has no LoRA factors", where=folder)
 
@@ -417,74 +385,3 @@ def _common(dtypes: Iterable[np.dtype[Any]]) -> np.dtype[Any]:
     if len(kinds) == 1:
         return kinds.pop()
     return np.dtype(np.float64 if np.dtype(np.float64) in kinds else np.float32)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = read_json(folder / CONFIG)
-    except StoreError as error:  # Its remedy is for what lingraft can make again; an adapter may be the only copy.
-        raise AdapterError(
-            error.what, where=error.where, remedy="get the file from where the adapter came from"
-        ) from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise AdapterError(f"this is not a LoRA adapter (peft_type {kind})", where=folder / CONFIG)
-    init = config.get("init_lora_weights")
-    refused = {
-        "DoRA (use_dora)": config.get("use_dora"),
-        "a LoRA bias (lora_bias)": config.get("lora_bias"),
-        f"trained base biases (bias={config.get('bias')!r})": config.get("bias", "none") != "none",
-        "replicated layers": config.get("layer_replication"),
-        "target_parameters": config.get("target_parameters"),
-        **{name: config.get(name) for name in _VARIANTS},
-        f"an initialisation that changes the base model ({init})": isinstance(init, str)
-        and init.startswith(_CHANGES_BASE),
-    }
-    found = [what for what, present in refused.items() if present]
-    if found:
-        raise AdapterError(
-            "this adapter does more than add B·A to its weights: " + "; ".join(found),
-            where=folder / CONFIG,
-            remedy="train it as plain LoRA: a merge would silently drop the rest",
-        )
-    return config
-
-
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default: float) -> float:
-    """The value for a module as PEFT finds it: a pattern matches the end of the path."""
-    import re
-
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return float(value)
-    return float(default)
-
-
-def _place(
-    tensors: TensorFile, config: Mapping[str, Any], module: str, names: Mapping[str, str], folder: Path
-) -> Place:
-    if set(names) != {"A", "B"}:
-        raise AdapterError(f"{module} has only one of the two LoRA factors", where=folder)
-    a, b = tensors.shape(names["A"]), tensors.shape(names["B"])
-    if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-        raise AdapterError(f"{module}: factors of shapes {a} and {b} do not multiply", where=folder)
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-    scaling = alpha / a[0] ** 0.5 if config.get("use_rslora") else alpha / a[0]
-    return Place(a[1], b[0], a[0], scaling)
-
-
-def _config_for(adapter: Adapter) -> dict[str, Any]:
-    """PEFT's configuration for a layout: the commonest rank and alpha, and patterns for the rest."""
-    config = dict(adapter.config)
-    ranks = {m: p.rank for m, p in adapter.layout.items()}
-    alphas = {m: p.scaling * p.rank for m, p in adapter.layout.items()}
-    rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
-    config.update(
-        r=rank,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
-        use_rslora=False,
-        rank_pattern={m: r for m, r in ranks.items() if r != rank},
-        alpha_pattern={m: a for m, a in alphas.items() if a != alpha},
-        inference_mode=True,
-    )
-    return config

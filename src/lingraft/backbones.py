@@ -176,7 +176,8 @@ class Backbone:
         import torch
         from peft import LoraConfig
 
-        from lingraft.adapter import _config_for, base_digest
+        from lingraft.adapter import base_digest
+        from lingraft.peft_layout import config_for
 
         theirs = base_digest(adapter)
         if theirs and theirs != self.digest:
@@ -185,7 +186,9 @@ class Backbone:
                 where=adapter.path,
                 remedy="give the base model it was trained on",
             )
-        known = {k: v for k, v in _config_for(adapter).items() if k in LoraConfig.__dataclass_fields__}
+        known = {
+            k: v for k, v in config_for(adapter.config, adapter.layout).items() if k in LoraConfig.__dataclass_fields__
+        }
         tensors = {}
         for module in adapter.modules:
             site = adapter.site(module)

@@ -61,7 +61,7 @@ def text_sequences(segments: Sequence[Sequence[int]]) -> list[TokenSequence]:
     Raises:
         DataError: There is no segment.
     """
-    if not segments:
+    if not any(len(ids) > 1 for ids in segments):
         raise DataError(
             "the reference text is too short for one segment",
             remedy="give more text, or a smaller segment_tokens",

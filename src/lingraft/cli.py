@@ -3,6 +3,7 @@
 import functools
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,12 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
             )
         except click.ClickException:
             raise
-        except Exception as error:
-            if debug:
-                raise
+        except Exception as error:  # noqa: BLE001 - a bug: said in one line, the traceback kept for --debug
             known = LingraftError(
                 f"unexpected {type(error).__name__}: {error}",
                 remedy="run again with --debug and report the traceback",
             )
+            known.__cause__ = error
             _fail(known, as_json, debug)
 
     return wrapped
@@ -88,7 +88,7 @@ def _messages() -> None:
 
 def _fail(error: LingraftError, as_json: bool, debug: bool) -> None:
     if debug:
-        raise error
+        traceback.print_exception(error)
     if as_json:
         click.echo(json.dumps(error.as_dict(), ensure_ascii=False))
     else:
@@ -103,7 +103,7 @@ def _run_options(function: Callable[..., Any]) -> Callable[..., Any]:
             type=FOLDER,
             help="Folder of finished steps, shared by runs.  [default: `store` beside --out]",
         ),
-        click.option("--on", default="local", show_default=True, help="Where to run."),
+        click.option("--on", default="local", show_default=True, type=click.Choice(["local"]), help="Where to run."),
         click.option("--dry-run", is_flag=True, help="Say what would run, and about how long; do nothing."),
     ):
         function = option(function)
@@ -117,10 +117,12 @@ def _run_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @verb
 def quickstart(out: Path, short: bool, store: Path | None, on: str, dry_run: bool, as_json: bool) -> Any:
     """The main job on a real model with bundled data: labels in English, adapters for three languages out."""
-    from lingraft import commands
+    from lingraft.commands import experiments
 
     recipe = Path(__file__).parent / "recipes" / "quickstart.yaml"
-    return commands.run_experiment(recipe, commands.SHORT if short else (), None, out, store, on, dry_run, as_json)
+    return experiments.run_experiment(
+        recipe, experiments.SHORT if short else (), None, out, store, on, dry_run, as_json
+    )
 
 
 @main.command()
@@ -141,9 +143,9 @@ def run(
     as_json: bool,
 ) -> Any:
     """Carry out an experiment (YAML): train, choose λ, merge, evaluate, report. Run again, it goes on where it stopped."""
-    from lingraft import commands
+    from lingraft.commands import experiments
 
-    return commands.run_experiment(experiment, overrides, data_dir, out, store, on, dry_run, as_json)
+    return experiments.run_experiment(experiment, overrides, data_dir, out, store, on, dry_run, as_json)
 
 
 def _model_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -181,9 +183,9 @@ def train(**options: Any) -> Any:
 
     KEY=VALUE sets training.…, adapter.… or reference.… values, for example training.epochs=1.
     """
-    from lingraft import commands
+    from lingraft.commands import models
 
-    return commands.train_adapter(**options)
+    return models.train_adapter(**options)
 
 
 @main.command()
@@ -196,9 +198,9 @@ def train(**options: Any) -> Any:
 @verb
 def evaluate(**options: Any) -> Any:
     """Score a model, with or without an adapter, by label likelihood."""
-    from lingraft import commands
+    from lingraft.commands import models
 
-    return commands.evaluate_model(**options)
+    return models.evaluate_model(**options)
 
 
 @main.command()
@@ -208,9 +210,9 @@ def evaluate(**options: Any) -> Any:
 @verb
 def divergence(target_ref: Path, source_ref: Path, out: Path, as_json: bool) -> Any:
     """Save how two languages differ, once, to be grafted onto every task. Needs no base model."""
-    from lingraft import commands
+    from lingraft.commands import adapters
 
-    return commands.save_divergence(target_ref, source_ref, out, as_json)
+    return adapters.save_divergence(target_ref, source_ref, out, as_json)
 
 
 @main.command()
@@ -227,9 +229,9 @@ def divergence(target_ref: Path, source_ref: Path, out: Path, as_json: bool) -> 
 @verb
 def merge(**options: Any) -> Any:
     """Graft a divergence onto a task: T + λ(R_t − R_s). Needs no base model; the result opens in PEFT."""
-    from lingraft import commands
+    from lingraft.commands import adapters
 
-    return commands.merge_adapters(**options)
+    return adapters.merge_adapters(**options)
 
 
 @main.command()
@@ -237,11 +239,11 @@ def merge(**options: Any) -> Any:
 @verb
 def inspect(folders: tuple[Path, ...], as_json: bool) -> Any:
     """Show an adapter or divergence; of two adapters, how alike they are, by layer."""
-    from lingraft import commands
+    from lingraft.commands import adapters
 
     if len(folders) > 2:
         raise UserError("inspect takes one folder or two")
-    return commands.inspect_folders(folders, as_json)
+    return adapters.inspect_folders(folders, as_json)
 
 
 @main.command()
@@ -249,27 +251,27 @@ def inspect(folders: tuple[Path, ...], as_json: bool) -> Any:
 @verb
 def report(run_dir: Path, as_json: bool) -> Any:
     """Show a run's results, and write them as Markdown, CSV and JSON into its folder."""
-    from lingraft import commands
+    from lingraft.commands import experiments
 
-    return commands.show_report(run_dir, as_json)
+    return experiments.show_report(run_dir, as_json)
 
 
 @main.command()
 @verb
 def tasks(as_json: bool) -> Any:
     """List the tasks."""
-    from lingraft import commands
+    from lingraft.commands import listings
 
-    return commands.list_tasks(as_json)
+    return listings.list_tasks(as_json)
 
 
 @main.command()
 @verb
 def methods(as_json: bool) -> Any:
     """List the methods an experiment can compare."""
-    from lingraft import commands
+    from lingraft.commands import listings
 
-    return commands.list_methods(as_json)
+    return listings.list_methods(as_json)
 
 
 @main.command()

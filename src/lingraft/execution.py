@@ -1,13 +1,13 @@
 """What each kind of step does: from its inputs' folders to files in a working folder."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lingraft import __version__
+from lingraft import __version__, roles
 from lingraft.adapter import Adapter
 from lingraft.config import AdapterConfig, Experiment, TrainingConfig
 from lingraft.errors import DataError
@@ -48,7 +48,10 @@ class Session:
         from lingraft.backbones import Backbone
 
         self.progress(0, 0, "loading the base model")
-        return Backbone(self.located)
+        loaded = Backbone(self.located)
+        # A module that does not exist is said now, not after an hour of training.
+        roles.select(loaded.target_modules(self.experiment.adapter), self.experiment.merge.modules)
+        return loaded
 
     @cached_property
     def data_dir(self) -> Path | None:
@@ -66,6 +69,19 @@ class Session:
         if split != "train" and len({e.gold for e in found}) == 1:
             raise DataError(f"all {split} items of '{language}' have the same label")
         return subset(found, limit)
+
+
+def check_data(steps: Sequence[Step], session: Session) -> None:
+    """Reads all data that steps will read: a wrong label in the last test file is found before the first training.
+
+    Raises:
+        DataError: Something is wrong with them.
+    """
+    wanted = {(s.config["language"], s.config["split"]) for s in steps if "split" in s.config}
+    for language, split in sorted(wanted):
+        session.examples(language, split, None)
+    for language in sorted({s.config["language"] for s in steps if "reference" in s.config}):
+        read_lines(reference_path(session.experiment.reference, language, session.experiment.data_dir))
 
 
 def execute(step: Step, session: Session, work: Path) -> None:

@@ -17,12 +17,13 @@ from lingraft.families.lora import inner_product
 
 def divergence_of(target_ref: Path, source_ref: Path) -> tuple[Divergence, dict[str, Any]]:
     """The divergence of two reference adapters on disk, and its provenance."""
+    found = Adapter.load(target_ref) - Adapter.load(source_ref)
     provenance = {
         "how": "divergence",
         "inputs": {"target_ref": content_digest(target_ref), "source_ref": content_digest(source_ref)},
         "lingraft": __version__,
     }
-    return Adapter.load(target_ref) - Adapter.load(source_ref), provenance
+    return found, provenance
 
 
 def graft(
@@ -137,12 +138,13 @@ def similarity(x: Adapter, y: Adapter) -> dict[str, Any]:
     layers = {layer: _cosine(value) for layer, value in sorted(sums.items(), key=lambda kv: (len(kv[0]), kv[0]))}
     return {
         "cosine": _cosine(total),
-        "norms": [float(total[1] ** 0.5), float(total[2] ** 0.5)],
+        "norms": [max(float(n), 0.0) ** 0.5 for n in total[1:]],
         "by_layer": layers,
     }
 
 
 def _cosine(products: Any) -> float | None:
     """⟨x, y⟩ / (‖x‖ ‖y‖), or None where one of them is zero."""
-    scale = float(np.sqrt(products[1] * products[2]))
+    # Gram products of updates that cancel may come out slightly below zero.
+    scale = float(np.sqrt(max(products[1], 0) * max(products[2], 0)))
     return float(products[0] / scale) if scale > 0 else None

@@ -9,7 +9,7 @@ from typing import Any
 from lingraft.config import Experiment
 from lingraft.digests import digest_value
 from lingraft.errors import Interrupted, LingraftError, RunFailed, UserError, suggestion
-from lingraft.execution import SELECTED, SIMILARITY, Session, execute
+from lingraft.execution import SELECTED, SIMILARITY, Session, check_data, execute
 from lingraft.locating import Located, locate
 from lingraft.plan import Plan, Step, characters, make_plan
 from lingraft.store import Store, write_json
@@ -76,25 +76,27 @@ def run(
     shelf = Store(Path(store) if store is not None else out.parent / "store")
     todo = pending(plan, shelf)
     if todo:
-        _run_steps(plan, todo, Session(experiment, located, shelf, events.progress), events)
+        session = Session(experiment, located, shelf, events.progress)
+        check_data(todo, session)
+        _run_steps(todo, session, events)
     write_manifest(plan, located, shelf, out)
     return Outcome(plan, len(todo), len(plan.steps) - len(todo), out / MANIFEST)
 
 
-def _run_steps(plan: Plan, todo: Sequence[Step], session: Session, events: Events) -> None:
-    failed: dict[str, str] = {}
-    stopped = 0
+def _run_steps(todo: Sequence[Step], session: Session, events: Events) -> None:
+    failed: set[str] = set()
+    errors: list[LingraftError] = []
     for number, step in enumerate(todo, 1):
         if any(needed.key in failed for needed in step.inputs.values()):
-            failed[step.key] = "an input is missing"
-            stopped += 1
+            failed.add(step.key)
             continue
         try:
             events.step(step, number, len(todo))
             with session.store.making(step.kind, step.key, step.identity()) as work:
                 execute(step, session, work)
         except LingraftError as error:
-            failed[step.key] = str(error)
+            failed.add(step.key)
+            errors.append(error)
             events.failure(step, error)
             if isinstance(error, UserError) and number == 1:
                 raise
@@ -103,12 +105,14 @@ def _run_steps(plan: Plan, todo: Sequence[Step], session: Session, events: Event
                 f"interrupted during '{step.label}' ({number - 1} of {len(todo)} steps done)",
                 remedy="run the same command again: finished steps are kept, and a training goes on from its last checkpoint",
             ) from None
-    if failed:
-        own = len(failed) - stopped
-        raise RunFailed(
+    if errors:
+        own, stopped = len(errors), len(failed) - len(errors)
+        outcome = RunFailed(
             f"{own} step{'s' if own > 1 else ''} failed and {stopped} that depend on them did not run; the rest is finished",
             remedy="mend the cause and run the same command again",
         )
+        outcome.exit_code = max(1, min(error.exit_code for error in errors))
+        raise outcome
 
 
 def write_manifest(plan: Plan, located: Located, store: Store, out: Path) -> None:

@@ -19,12 +19,13 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model_state_dict
 
 from lingraft import __version__
-from lingraft.adapter import CONFIG, SIDECAR, WEIGHTS, Adapter
+from lingraft.adapter import Adapter
 from lingraft.backbones import Backbone, environment
 from lingraft.batching import TokenSequence, batches, derived_seed, loss_positions, micro_batches, steps_of
 from lingraft.config import AdapterConfig, TrainingConfig
 from lingraft.errors import AdapterError, LingraftError, UserError
 from lingraft.losses import summed_cross_entropy
+from lingraft.peft_layout import CONFIG, SIDECAR, WEIGHTS
 from lingraft.store import write_json
 from lingraft.tensors import TensorFile, write_all
 
@@ -111,6 +112,8 @@ def batch_loss(
     """
     positions = loss_positions(chosen, share, seed)
     count = sum(len(p) for p in positions)
+    if count == 0:  # a batch of empty lines
+        return 0.0
     total = 0.0
     for part in micro_batches([len(s.ids) for s in chosen]):
         if not any(len(positions[i]) for i in part):
@@ -326,6 +329,8 @@ def _save(
     seconds: float,
     tokens: int,
 ) -> None:
+    if not optimizer.state:  # nothing has been learned yet
+        return
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lingraft import plan
+from lingraft import execution, plan
 from lingraft.adapter import Adapter, content_digest
 from lingraft.backbones import Backbone
 from lingraft.config import load_experiment
-from lingraft.errors import Interrupted, RunFailed
+from lingraft.errors import DataError, Interrupted, LingraftError, RunFailed, UserError
 from lingraft.evaluation import predict
 from lingraft.locating import locate
 from lingraft.plan import Step, make_plan
@@ -222,16 +222,39 @@ def test_a_merged_step_names_its_inputs(finished: Path) -> None:
     assert set(sidecar["provenance"]["inputs"].values()) <= stored
 
 
-def test_a_failing_step_stops_its_dependants_and_nothing_else(experiment: Path, tmp_path: Path) -> None:
-    (tmp_path / "data/sw/test.jsonl").write_text('{"id": "1", "text": "mto", "label": "sprot"}\n', encoding="utf-8")
+def test_wrong_data_are_found_before_the_first_training(experiment: Path, tmp_path: Path) -> None:
+    lines = '{"id": "1", "text": "mto", "label": "sport"}\n{"id": "2", "text": "bao", "label": "sprot"}\n'
+    (tmp_path / "data/sw/test.jsonl").write_text(lines, encoding="utf-8")
+    with pytest.raises(DataError, match="unknown label 'sprot'") as caught:
+        run(load_experiment(experiment), tmp_path / "out")
+    assert str(caught.value.where).endswith("test.jsonl:2") and "sport" in (caught.value.remedy or "")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_module_that_does_not_exist_is_said_before_the_first_training(experiment: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="q_prj"):
+        run(load_experiment(experiment, ["merge.modules=q_prj"]), tmp_path / "out")
+
+
+def test_a_failing_step_stops_its_dependants_and_nothing_else(
+    experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told: list[str] = []
+    real = execution._EXECUTORS["predict"]
+
+    def failing(step: Step, session: execution.Session, work: Path) -> dict[str, object]:
+        if "sw test" in step.label:
+            raise LingraftError("the sky fell")
+        return real(step, session, work)
+
+    monkeypatch.setitem(execution._EXECUTORS, "predict", failing)
     with pytest.raises(RunFailed, match="that depend on them did not run"):
         run(
             load_experiment(experiment),
             tmp_path / "out",
             events=Events(failure=lambda step, error: told.append(str(error))),
         )
-    assert all("unknown label 'sprot'" in message and "test.jsonl:1" in message for message in told)
+    assert set(told) == {"the sky fell"}
     config = load_experiment(experiment)
     left = pending(make_plan(config, locate(config.backbone)), Store(tmp_path / "store"))
     assert left and all("sw test" in step.label for step in left)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from lingraft import plan as planning
 from lingraft.config import Experiment, validated
 from lingraft.errors import ConfigError, DataError, UserError
-from lingraft.locating import Located
 from lingraft.execution import Session, execute
+from lingraft.locating import Located
 from lingraft.methods import METHODS
 from lingraft.plan import VERSIONS, Plan, Step, characters, make_plan, ordered
 from lingraft.store import Store, read_json, write_json

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lingraft.commands import show_report
+from lingraft.commands.experiments import show_report
 from lingraft.errors import UserError
 from lingraft.metrics import Prediction
 from lingraft.predictions import write_evaluation

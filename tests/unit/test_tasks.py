@@ -391,22 +391,31 @@ def test_parallel_lines_stay_parallel_however_short_they_are():
     assert two == [[1, *encode(t)] for t in other]
 
 
-def test_segments_shorter_than_two_ids_are_left_out():
-    assert segments(["a", "bc"], encode, config(unit="line"), []) == [encode("bc")]
-    assert segments(["abcdefgh"], encode, config(), []) == [encode("abcdefgh")]
+def test_a_rest_of_running_text_shorter_than_two_ids_is_left_out():
+    length = config().segment_tokens
+    whole = segments(["x" * length], encode, config(), [])
+    assert [len(piece) for piece in whole] == [length]  # the line's end alone would be one id more
 
 
 def test_no_more_segments_than_asked():
     assert len(segments(["x" * 100], encode, config(max_segments=3), [1])) == 3
 
 
-def test_lines_with_nothing_in_them_are_no_lines(tmp_path: Path):
-    assert read_lines(write(tmp_path / "x.txt", "one\r\n\r\n  two \n\t\nthree\rfour")) == [
-        "one",
-        "two",
-        "three",
-        "four",
-    ]
+def test_empty_lines_keep_their_places_and_those_at_the_end_do_not(tmp_path: Path):
+    text = "one\r\n\r\n  two \n\t\nthree\rfour\n\n \n"
+    assert read_lines(write(tmp_path / "x.txt", text)) == ["one", "", "two", "", "three", "four"]
+
+
+def test_parallel_lines_stay_parallel_whatever_is_in_them():
+    lines, empty = ["ab", "c", "", "def"], ["", "", "x", "y"]
+    for prefix in ([1], []):
+        ours, theirs = (segments(text, encode, config(unit="line"), prefix) for text in (lines, empty))
+        assert len(ours) == len(theirs) == 4
+        assert ours[3] == [*prefix, *encode("def")] and theirs[3] == [*prefix, *encode("y")]
+
+
+def test_running_text_knows_no_empty_lines():
+    assert segments(["ab", "", "c"], encode, config(), []) == segments(["ab", "c"], encode, config(), [])
 
 
 def test_only_line_ends_end_a_line(tmp_path: Path):

@@ -59,14 +59,15 @@ def segments(
         prefix: Ids every segment starts with (a beginning-of-text token).
 
     Returns:
-        Segments of at most `segment_tokens` ids, the prefix included; those shorter than two ids teach nothing and are left out.
+        Segments of at most `segment_tokens` ids, the prefix included; of running text, a rest shorter than two ids is
+        left out; lines all keep their places.
     """
     room = config.segment_tokens - len(prefix)
     pieces = (encode(line)[:room] for line in lines) if config.unit == "line" else _packed(lines, encode, room)
     found: list[list[int]] = []
     for piece in pieces:
-        # Lines keep their places even when they are very short: parallel text stays parallel.
-        if len(prefix) + len(piece) >= 2:
+        # A line keeps its place even when it is empty: parallel text stays parallel. It then takes no loss.
+        if config.unit == "line" or len(prefix) + len(piece) >= 2:
             found.append([*prefix, *piece])
         if config.max_segments is not None and len(found) == config.max_segments:
             break
@@ -75,7 +76,7 @@ def segments(
 
 def _packed(lines: Sequence[str], encode: Callable[[str], list[int]], room: int) -> Iterator[list[int]]:
     running: list[int] = []
-    for line in lines:
+    for line in filter(None, lines):
         running.extend(encode(line + "\n"))
         while len(running) >= room:
             yield running[:room]

@@ -56,9 +56,9 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that hold anything, in order."""
+    """The lines of a text file, stripped; an empty one keeps its place (parallel text), those at the end are left out."""
     # Not str.splitlines: a line separator (U+2028) or a next-line character inside a sentence would shift parallel lines.
-    return [line for line in (raw.strip() for raw in re.split(r"\r\n|\r|\n", read_text(path))) if line]
+    return [line.strip() for line in re.split(r"\r\n|\r|\n", read_text(path).rstrip())]
 
 
 @dataclass(frozen=True)

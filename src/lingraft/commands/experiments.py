@@ -1,0 +1,144 @@
+"""`lingraft run`, `quickstart` and `report`."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lingraft.commands.watching import Watcher, duration, stderr
+from lingraft.config import Experiment, load_experiment
+from lingraft.errors import writing
+
+SHORT = (
+    "training.epochs=1",
+    "reference_training.epochs=1",
+    "reference.max_segments=16",
+    "selection.weights=[0.5, 1]",
+    "selection.limit=14",
+    "evaluation.limit=28",
+    "targets=[sw, vi]",
+)
+"""What `quickstart --short` changes: enough to see that everything works, too little to learn anything."""
+
+
+def run_experiment(
+    path: Path,
+    overrides: Sequence[str],
+    data_dir: str | None,
+    out: Path | None,
+    store: Path | None,
+    on: str,
+    dry_run: bool,
+    as_json: bool,
+) -> dict[str, Any] | None:
+    """`lingraft run` and `lingraft quickstart`."""
+    from lingraft.runner import Events, run
+
+    experiment = load_experiment(path, overrides)
+    if data_dir is not None:
+        experiment = experiment.model_copy(update={"data_dir": data_dir})
+    out = out or Path("runs") / experiment.name
+    if dry_run:
+        return _dry_run(experiment, out, store, as_json)
+    _notices(experiment, as_json)
+    with Watcher(as_json) as watcher, writing(out):
+        outcome = run(
+            experiment,
+            out,
+            store=store,
+            on=on,
+            events=Events(watcher.step, watcher.progress, watcher.failure),
+        )
+    if outcome.ran == 0:
+        stderr().print(f"nothing to do: all {outcome.kept} steps are finished", highlight=False)
+    return show_report(out, as_json, fresh=outcome.ran > 0)
+
+
+def _notices(experiment: Experiment, quiet: bool) -> None:
+    from lingraft.tasks.table import choice_task
+
+    task = choice_task(experiment.task, experiment.tasks)
+    if task.licence and not quiet:
+        stderr().print(f"data: {task.licence}", style="dim", markup=False, highlight=False)
+
+
+def _dry_run(experiment: Experiment, out: Path, store: Path | None, as_json: bool) -> dict[str, Any] | None:
+    from lingraft.locating import locate
+    from lingraft.plan import make_plan
+    from lingraft.report.terminal import lines
+    from lingraft.runner import estimates, pending
+    from lingraft.store import Store
+
+    plan = make_plan(experiment, locate(experiment.backbone))
+    shelf = Store(store or out.parent / "store")
+    found = estimates(plan, shelf)
+    waiting = [{"kind": s.kind, "key": s.key, "label": s.label} for s in pending(plan, shelf)]
+    if as_json:
+        return {**found, "pending": waiting}
+    console = Console()
+    trainings = [w["label"] for w in waiting if w["kind"] == "train"]
+    if trainings:
+        console.print("would train:", style="bold")
+        for label in trainings:
+            console.print(f"  {label}", markup=False, highlight=False)
+    rows = [[kind, str(n["pending"]), str(n["finished"])] for kind, n in found["steps"].items()]
+    lines(["steps", "to do", "finished"], rows, console)
+    console.print("time: " + duration(found["seconds"]), highlight=False)
+    return None
+
+
+def show_report(run_dir: Path, as_json: bool, fresh: bool = True) -> dict[str, Any] | None:
+    """`lingraft report`: prints the results and writes them beside the manifest."""
+    from lingraft.report.results import results
+    from lingraft.report.tables import csv_text, markdown
+    from lingraft.report.terminal import show
+    from lingraft.store import read_json, write_json
+
+    if not fresh and (run_dir / "results.json").is_file():
+        if as_json:
+            return read_json(run_dir / "results.json")
+        stderr().print(f"results: lingraft report {run_dir}", markup=False, highlight=False)
+        return None
+    found = results(run_dir)
+    with writing(run_dir):
+        write_json(run_dir / "results.json", found)
+        (run_dir / "report.md").write_text(markdown(found), encoding="utf-8")
+        (run_dir / "results.csv").write_text(csv_text(found), encoding="utf-8")
+        _collect_adapters(found, run_dir / "adapters")
+        drawn = _draw(found, run_dir)
+    if as_json:
+        return found
+    show(found, Console())
+    names = ["report.md", "results.csv", "results.json", *drawn]
+    stderr().print(f"\nwritten to {run_dir}: {', '.join(names)}", markup=False, highlight=False)
+    if found["adapters"]:
+        stderr().print(f"adapters, as PEFT folders, in {run_dir / 'adapters'}", markup=False, highlight=False)
+    return None
+
+
+def _draw(found: dict[str, Any], run_dir: Path) -> list[str]:
+    import importlib.util
+
+    if not found["selections"] or importlib.util.find_spec("matplotlib") is None:
+        return []
+    from lingraft.report.figures import draw_curves
+
+    draw_curves(found, run_dir / "lambda.svg")
+    return ["lambda.svg"]
+
+
+def _collect_adapters(found: dict[str, Any], target: Path) -> None:
+    """Copies the grafted adapters to where a user looks for them, each folder at once."""
+    for entry in found["adapters"]:
+        name = f"{entry['method']}-{entry['language']}" + (f"-seed{entry['seed']}" if len(found["seeds"]) > 1 else "")
+        final, partial = target / name, target / f".{name}.partial"
+        mark = final / "step.json"
+        source = Path(entry["path"])
+        if mark.is_file() and mark.read_bytes() == (source / "step.json").read_bytes():
+            continue
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
