@@ -184,7 +184,7 @@ def train(
         summary = _loop(backbone, model, sequences, out, training, seed, trackers, progress, checkpoint_seconds)
         final = {name: t.detach().float().cpu().numpy() for name, t in get_peft_model_state_dict(model).items()}
     write_all(out / WEIGHTS, final)
-    _write_config(out / CONFIG, config, modules)
+    _write_config(out / CONFIG, config, _target_names(backbone, modules))
     sidecar = {
         "format": 1,
         "kind": "adapter",
@@ -203,10 +203,18 @@ def _whole(alpha: float) -> int:
     return int(alpha) if float(alpha).is_integer() else alpha  # pyright: ignore[reportReturnType]
 
 
-def _write_config(path: Path, config: LoraConfig, modules: list[str]) -> None:
-    """PEFT's own fields, its sets sorted, so that equal adapters have equal files; names are shortened where unambiguous."""
+def _target_names(backbone: Backbone, modules: Sequence[str]) -> list[str]:
+    """What the configuration calls the modules: `q_proj` where that names just them, as other tools expect, else paths."""
+    leaves = sorted({module.rsplit(".", 1)[-1] for module in modules})
+    return (
+        leaves if set(backbone.target_modules(AdapterConfig(modules=tuple(leaves)))) == set(modules) else list(modules)
+    )
+
+
+def _write_config(path: Path, config: LoraConfig, target_modules: list[str]) -> None:
+    """Writes PEFT's own fields, its sets sorted, so that equal adapters have equal files."""
     values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    values["target_modules"] = sorted(modules)
+    values["target_modules"] = target_modules
     values["inference_mode"] = True
     write_json(path, json.loads(json.dumps(values, default=lambda v: getattr(v, "value", str(v)))))
 

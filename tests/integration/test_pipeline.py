@@ -138,6 +138,15 @@ def test_another_run_elsewhere_gives_the_same_bytes(finished: Path, tmp_path: Pa
     assert contents(tmp_path / "store") == contents(finished / "store")
 
 
+def test_an_experiment_that_asks_for_less_runs_nothing_and_reports_anew(finished: Path, tmp_path: Path) -> None:
+    folder = copied(finished, tmp_path)
+    command = [sys.executable, "-m", "lingraft.cli", "run", str(folder / "tiny.yaml"), "--out", str(folder / "out")]
+    subprocess.run(command, capture_output=True, check=True)
+    less = subprocess.run([*command, "methods=[vanilla]"], capture_output=True, text=True, check=True)
+    assert "nothing to do" in less.stderr and "Vanilla" in less.stdout
+    assert list(read_json(folder / "out/results.json")["methods"]) == ["vanilla"]
+
+
 def dependants(steps: Sequence[Step], changed: Callable[[Step], bool]) -> set[str]:
     """Labels of the steps that are changed or need one that is."""
     found: set[str] = set()

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from lingraft.commands.watching import Watcher, duration, stderr
 from lingraft.config import Experiment, load_experiment
+from lingraft.digests import digest_bytes
 from lingraft.errors import writing
 
 SHORT = (
@@ -96,9 +97,10 @@ def show_report(run_dir: Path, as_json: bool, fresh: bool = True) -> dict[str, A
     from lingraft.report.terminal import show
     from lingraft.store import read_json, write_json
 
-    if not fresh and (run_dir / "results.json").is_file():
+    known = read_json(run_dir / "results.json") if not fresh and (run_dir / "results.json").is_file() else {}
+    if known and known.get("manifest") == digest_bytes(run_dir / "manifest.json"):
         if as_json:
-            return read_json(run_dir / "results.json")
+            return known
         stderr().print(f"results: lingraft report {run_dir}", markup=False, highlight=False)
         return None
     found = results(run_dir)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lingraft.digests import digest_bytes
 from lingraft.errors import UserError
 from lingraft.methods import METHODS
 from lingraft.predictions import read_predictions, read_scores
@@ -44,6 +45,7 @@ def results(run: Path) -> dict[str, Any]:
     names = list(dict.fromkeys(method for method, _ in cells))
     table = {name: _method(name, experiment, cells, right, store) for name in names}
     return {
+        "manifest": digest_bytes(path),
         "name": experiment["name"],
         "experiment": experiment,
         "backbone": manifest["backbone"],
