@@ -162,7 +162,7 @@ def _against_baseline(
         "difference_interval": list(mean_interval(differences)),
         "p": paired_test(differences),
     }
-    if name != CEILING and all((CEILING, t) in right for t in languages):
+    if name != CEILING and METHODS[name].adapter != "none" and all((CEILING, t) in right for t in languages):
         three = _aligned([name, BASELINE, CEILING], languages, right)
         if three is not None:
             found["gap_closed"] = _gap_closed(three, n)

@@ -117,7 +117,7 @@ def notes(found: dict[str, Any]) -> list[str]:
     ]
     if found["selections"]:
         development = found["experiment"]["development"]
-        where = ", ".join(name_of(c) for c in development)
+        where = " and ".join(name_of(c) for c in development)
         said.append(
             f"λ was chosen on {where} only, and frozen before the test languages were scored."
             if where
