@@ -3,7 +3,9 @@
 `locate` answers what a plan needs. `materialise` makes the folder that a model is loaded from.
 """
 
+import contextlib
 import importlib.util
+import io
 import logging
 import shutil
 from dataclasses import dataclass
@@ -164,13 +166,15 @@ def _expand(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source.parent,
-            gguf_file=source.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        # transformers draws a bar here that cannot be turned off; the caller has said what is going on.
+        with contextlib.redirect_stderr(io.StringIO()):
+            model = AutoModelForCausalLM.from_pretrained(
+                source.parent,
+                gguf_file=source.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     except Exception as error:
         raise BackboneError(f"this GGUF file cannot be read by transformers ({error})", where=source) from error
     model.bfloat16().save_pretrained(folder)

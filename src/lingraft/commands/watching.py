@@ -61,9 +61,11 @@ class Watcher:
         """The work goes on; without a terminal that is said twice a minute."""
         self.bars.update(self._one, completed=done, total=total or None, note=note)
         now = time.monotonic()
-        if self._lines and 0 < done < total and now - self._said > 30:
+        if done <= 1:  # loading the model tells nothing about the rest
+            self._began = now
+        if self._lines and 1 < done < total and now - self._said > 30:
             self._said = now
-            left = (now - self._began) / done * (total - done)
+            left = (now - self._began) / (done - 1) * (total - done)
             self.console.print(f"  {done}/{total} {note}, {duration(left)} left", markup=False, highlight=False)
 
     def failure(self, step: "Step", error: Exception) -> None:
