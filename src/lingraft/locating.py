@@ -214,7 +214,4 @@ def materialise(located: Located) -> Path:
     """
     if located.kind == "gguf":
         return _converted(located)
-    if located.kind == "hub":
-        return _fetched(located)
-    assert located.path is not None
-    return located.path
+    return located.path or _fetched(located)

@@ -128,6 +128,7 @@ class _Planner:
         self.dtype = experiment.backbone.dtype
         self._digests: dict[tuple[str, str], str] = {}
         self._steps: dict[str, Step] = {}
+        self.selections: dict[str, Step] = {}
 
     def plan(self) -> Plan:
         """See `make_plan`."""
@@ -135,7 +136,7 @@ class _Planner:
         cells: list[Cell] = []
         absent: list[tuple[str, str, str]] = []
         self.rows_digest(experiment.source, "train")
-        selections = {m.name: self.selection(m) for m in self.methods if m.adapter == "graft"}
+        self.selections = {m.name: self.selection(m) for m in self.methods if m.adapter == "graft"}
         for row in self.methods:
             languages = [*experiment.targets]
             if row.adapter in ("none", "source"):
@@ -150,18 +151,18 @@ class _Planner:
                     absent.append((row.name, language, "no labelled training data"))
                     continue
                 for seed in experiment.seeds if row.adapter != "none" else experiment.seeds[:1]:
-                    cells.append(self.cell(row, language, seed, selections.get(row.name)))
+                    cells.append(self.cell(row, language, seed))
         comparisons: dict[tuple[str, int], Step] = {}
-        if selections:
+        if self.selections:
             for language in experiment.targets:
                 for seed in experiment.seeds:
                     comparisons[language, seed] = self.comparison(language, seed)
         ends = [
             *comparisons.values(),
-            *selections.values(),
+            *self.selections.values(),
             *(step for c in cells for step in (c.score, c.adapter) if step),
         ]
-        return Plan(experiment, ordered(ends), tuple(cells), selections, comparisons, tuple(absent))
+        return Plan(experiment, ordered(ends), tuple(cells), self.selections, comparisons, tuple(absent))
 
     def step(self, kind: str, config: Plain, inputs: Mapping[str, Step], reads: Plain, label: str) -> Step:
         """A step, the same object for the same work."""
@@ -327,23 +328,21 @@ class _Planner:
         inputs = self.graft_inputs(row, language, seed)
         return self.prediction(inputs, graft, language, split, limit, f"{row.name} λ={weight:g} seed {seed}")
 
-    def cell(self, row: Method, language: str, seed: int, selection: Step | None) -> Cell:
+    def cell(self, row: Method, language: str, seed: int) -> Cell:
         """The steps behind one number of the table."""
-        adapter = self.method_adapter(row, language, seed, selection)
+        adapter = self.method_adapter(row, language, seed)
         evaluation = self.experiment.evaluation
         inputs = {} if adapter is None else {"adapter": adapter}
         label = row.name if adapter is None else f"{row.name} seed {seed}"
         prediction = self.prediction(inputs, None, language, evaluation.split, evaluation.limit, label)
         return Cell(row.name, language, seed, prediction, self.scores(prediction), adapter)
 
-    def method_adapter(self, row: Method, language: str, seed: int, selection: Step | None) -> Step | None:
+    def method_adapter(self, row: Method, language: str, seed: int) -> Step | None:
         """The adapter a method evaluates in a language."""
         if row.adapter == "none":
             return None
         if row.adapter == "graft":
-            inputs = self.graft_inputs(row, language, seed)
-            assert selection is not None
-            inputs["selection"] = selection
+            inputs = {**self.graft_inputs(row, language, seed), "selection": self.selections[row.name]}
             return self.step("merge", self.graft_config(row), inputs, {}, f"merge {row.name} {language} seed {seed}")
         if row.adapter == "sequential":
             return self.task_adapter(self.experiment.source, seed, start_from=self.reference_adapter(language, seed))
