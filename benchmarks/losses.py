@@ -8,7 +8,6 @@ Each way runs in turn on the same batches; medians of five and the spread. Peak 
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -59,6 +58,13 @@ def ours(backbone: Backbone, chosen: list[TokenSequence]) -> float:
 WAYS = {"full logits": full_logits, "lingraft": ours}
 
 
+def peak_memory() -> int | None:
+    """The most this process has held, in MiB, the loaded model included; ru_maxrss would count the parent's, too."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((round(int(line.split()[1]) / 1024) for line in lines if line.startswith("VmHWM")), None)
+
+
 def measure(model: str, dtype: str, task: str, only: str | None) -> dict[str, object]:
     """Median seconds a step of each way, or one way alone (for its memory)."""
     backbone = Backbone(locate(BackboneConfig(model=model, dtype=dtype, device="cpu")))
@@ -67,7 +73,6 @@ def measure(model: str, dtype: str, task: str, only: str | None) -> dict[str, ob
     chosen = sequences(task)
     times: dict[str, list[float]] = {name: [] for name in WAYS}
     losses: dict[str, float] = {}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with backbone.attached(config, initial_tensors(backbone, adapter, 0)) as wrapped:
         wrapped.train()
         for turn in range(1 if only else ROUNDS + 1):
@@ -78,9 +83,8 @@ def measure(model: str, dtype: str, task: str, only: str | None) -> dict[str, ob
                 losses[name] = way(backbone, chosen)
                 if turn or only:
                     times[name].append(time.perf_counter() - began)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     found = {n: {"median_s": statistics.median(t), "min_s": min(t), "max_s": max(t)} for n, t in times.items() if t}
-    return {"losses": losses, "times": found, "memory_mib": round(grown / 1024), "environment": environment(backbone)}
+    return {"losses": losses, "times": found, "memory_mib": peak_memory(), "environment": environment(backbone)}
 
 
 def exactness(dtype: torch.dtype) -> dict[str, float]:
