@@ -163,7 +163,7 @@ def _predict(step: Step, session: Session, work: Path) -> dict[str, Any]:
         max_length=config["max_length"],
         progress=lambda done, total: session.progress(done, total, ""),
     )
-    write_predictions(work, predictions, list(config["task"]["answers"]))
+    write_predictions(work, predictions, [label for label, _ in config["task"]["answers"]])
     return {
         "items": len(predictions),
         "seconds": round(time.monotonic() - began, 3),
@@ -180,8 +180,6 @@ def _select(step: Step, session: Session, work: Path) -> dict[str, Any]:
     if "weight" in step.config:
         write_json(work / SELECTED, {"weight": step.config["weight"], "curve": []})
         return {}
-    # A role names its weight in six digits; the choice must be the very weight that was scored.
-    exact = {f"{weight:g}": weight for weight in step.config["weights"]}
     by_weight: dict[str, list[dict[str, float]]] = {}
     for role, scores in step.inputs.items():
         found = read_scores(session.folder(scores))
@@ -189,7 +187,7 @@ def _select(step: Step, session: Session, work: Path) -> dict[str, Any]:
         by_weight.setdefault(role.split("/")[0], []).append(values)
     curve = [
         {
-            "weight": exact[weight],
+            "weight": float(weight),
             **{m: sum(r[m] for r in rows) / len(rows) for m in rows[0]},
             "scores": len(rows),
         }

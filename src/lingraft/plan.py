@@ -315,7 +315,7 @@ class _Planner:
                 for split in chosen.splits:
                     for seed in self.experiment.seeds:
                         step = self._candidate(row, weight, language, split, seed)
-                        inputs[f"{weight:g}/{language}/{split}/{seed}"] = self.scores(step)
+                        inputs[f"{weight!r}/{language}/{split}/{seed}"] = self.scores(step)
         config = {"weights": [0.0, *chosen.weights], "criterion": "gold_log_likelihood"}
         return self.step("select", config, inputs, {}, f"select λ of {row.name}")
 

@@ -145,7 +145,8 @@ class ChoiceTask:
         return {
             "task": self.name,
             "template": self.template,
-            "answers": dict(self.answers),
+            # Pairs: their order decides between equals, and a mapping would lose it in the key.
+            "answers": [list(pair) for pair in self.answers.items()],
             "label_field": self.label_field,
             "id_field": self.id_field,
         }
