@@ -7,6 +7,8 @@ needs neither torch nor transformers.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lingraft import _peft_hook
+
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
@@ -51,3 +53,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+_peft_hook.install()

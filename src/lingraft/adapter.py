@@ -9,33 +9,41 @@ is needed.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lingraft import roles
-from lingraft.algebra import Site, transfer
-from lingraft.digests import digest_file
+from lingraft.algebra import Family, Site, transfer
+from lingraft.digests import digest_file, digest_value
 from lingraft.errors import AdapterError
-from lingraft.families import family
+from lingraft.families import FAMILIES, family, own_space
 from lingraft.families.lora import compress, unstack
-from lingraft.peft_layout import (
+from lingraft.families.prefix import PrefixFlat
+from lingraft.fitting import base_digest as base_digest
+from lingraft.fitting import check_fit
+from lingraft.layouts import LAYOUTS, layout_of
+from lingraft.layouts.common import (
     CONFIG,
-    PREFIX,
     SIDECAR,
     WEIGHTS,
+    Layout,
     Place,
     check_folder,
-    config_for,
-    place_of,
     read_config,
     read_sidecar,
 )
+from lingraft.layouts.lora import place as lora_place
+from lingraft.layouts.lora import rank_of, weight_shape
 from lingraft.store import appearing, write_json
-from lingraft.tensors import DTYPES, Spec, TensorFile, write_tensors
+from lingraft.tensors import DTYPES, TensorFile, finite, write_tensors
+
+PARTS = ("target_ref", "source_ref")
+"""The folders of a divergence whose references cannot be stacked into one adapter."""
 
 
 class AdapterWarning(UserWarning):
@@ -43,55 +51,96 @@ class AdapterWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """A LoRA adapter in PEFT's layout, its tensors read when asked for.
+class Notes:
+    """What a merge found out while it was computed, by site.
 
     Attributes:
+        energy: The share of a weight update's energy (squared norm) that was kept at the output rank.
+        guarded: Numbers that a guard against division by (nearly) nothing changed.
+    """
+
+    energy: dict[str, float] = field(default_factory=dict)
+    guarded: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in PEFT's layout, its tensors read when asked for.
+
+    Attributes:
+        structure: `lora`, `ia3`, `prefix`, `bottleneck`, `invertible` or `sparse`.
         config: The contents of `adapter_config.json`.
         layout: The shape of every site, by module path (`model.layers.0.self_attn.q_proj`).
         dtype: The type of its tensors on disk.
         sidecar: What lingraft knows beyond PEFT: the backbone's digest, the hash of the initial weights, provenance.
-        others: Tensors that are not LoRA factors (a head), by their full name; a merge takes the task adapter's.
-        energy: For a compressed merge, the share of each site's energy that was kept; filled as sites are computed.
+        read: Reads one site.
+        others: Tensors that belong to no site (a head), by their full name; a merge takes the task adapter's.
+        notes: For a merge, what showed while it was computed.
+        path: The folder it was read from.
     """
 
+    structure: str
     config: Mapping[str, Any]
     layout: Mapping[str, Place]
     dtype: np.dtype[Any]
     sidecar: Mapping[str, Any]
     read: Callable[[str], Site] = field(repr=False)
     others: Mapping[str, Callable[[], np.ndarray[Any, Any]]] = field(default_factory=dict, repr=False)
-    energy: dict[str, float] = field(default_factory=dict, repr=False)
+    notes: Notes = field(default_factory=Notes, repr=False)
     path: Path | None = None
-
-    structure = "lora"
 
     @classmethod
     def load(cls, path: str | Path) -> "Adapter":
         """Opens an adapter folder; reads the configuration and the tensor file's header.
 
         Raises:
-            AdapterError: The folder is not a LoRA adapter in safetensors that lingraft can compute with.
+            AdapterError: The folder is not an adapter in safetensors that lingraft can compute with.
         """
         folder = Path(path)
-        adapter = _open(folder)
-        if adapter.sidecar.get("kind") == "divergence":
+        if is_divergence(folder):
             raise AdapterError(
                 "this is a divergence, not an adapter",
                 where=folder,
                 remedy="graft it: lingraft merge --divergence DIR --task DIR",
             )
-        return adapter
+        return _open(folder)
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The paths of the sites, sorted."""
+        """The paths of the sites, in order."""
         return tuple(self.layout)
 
+    @property
+    def files(self) -> Layout:
+        """How adapters of this structure lie on disk."""
+        return LAYOUTS[self.structure]
+
     def site(self, module: str) -> Site:
-        """One site's tensors in float32 (float64 stays), A: rank × in, B: out × rank."""
-        site = self.read(module)
-        return site.map(lambda t: t if t.dtype == np.float64 else np.asarray(t, dtype=np.float32))
+        """One site's tensors, floats in float32 (float64 stays).
+
+        Raises:
+            AdapterError: A number is NaN or infinite.
+        """
+        site = self.read(module).map(_wide)
+        for role, tensor in site.tensors.items():
+            if not finite(tensor):
+                raise AdapterError(
+                    "a value is NaN or infinite",
+                    where=f"{self.path or 'a merge'}: {module}.{role}",
+                    remedy="train the adapter again with a lower learning rate, or get it from where it came from",
+                )
+        return site
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+        """The sites' tensors by PEFT's names, in float32, one at a time."""
+        specs, values = self.files.encode(self.layout, self.site, np.dtype(np.float32))
+        for (name, _, _), value in zip(specs, values, strict=True):
+            yield name, value
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """PEFT's configuration for the sites as they are."""
+        return self.files.config_for(self.config, self.layout)
 
     def __sub__(self, source: "Adapter") -> "Divergence":
         return Divergence(self, source)
@@ -113,44 +162,67 @@ class Adapter:
 
     def write(self, folder: Path, provenance: Mapping[str, Any] | None = None) -> None:
         """Writes the adapter's files into a folder that exists, one site at a time."""
-        specs: list[Spec] = []
-        for module, place in self.layout.items():
-            specs.append((f"{PREFIX}{module}.lora_A.weight", (place.rank, place.in_features), self.dtype))
-            specs.append((f"{PREFIX}{module}.lora_B.weight", (place.out_features, place.rank), self.dtype))
+        specs, encoded = self.files.encode(self.layout, self.read, self.dtype)
+        announced = list(specs)
         rest = {name: read() for name, read in sorted(self.others.items())}
-        specs += [(name, value.shape, value.dtype) for name, value in rest.items()]
+        announced += [(name, value.shape, value.dtype) for name, value in rest.items()]
 
-        def values() -> Any:
-            for module in self.layout:
-                site = self.read(module)
-                for role in ("A", "B"):
-                    with np.errstate(over="ignore"):  # Rounding may overflow float16: the check below says so.
-                        rounded = np.asarray(site.tensors[role], dtype=self.dtype)
-                    if not np.isfinite(rounded).all():
-                        place = f"{module}.lora_{role}"
-                        raise AdapterError(
-                            f"a value is NaN or infinite in {self.dtype}",
-                            where=f"{self.path}: {place}" if self.path else place,
-                            remedy="look for NaN and very large values in the adapters it is made of",
-                        )
-                    yield rounded
+        def values() -> Iterator[np.ndarray[Any, Any]]:
+            for (name, _, dtype), value in zip(specs, encoded, strict=True):
+                with np.errstate(over="ignore"):  # Rounding may overflow float16: the check below says so.
+                    rounded = np.asarray(value, dtype=dtype)
+                if not finite(rounded):
+                    raise AdapterError(
+                        f"a value is NaN or infinite in {dtype}",
+                        where=f"{self.path}: {name}" if self.path else name,
+                        remedy="look for NaN and very large values in the adapters it is made of",
+                    )
+                yield rounded
             for name, value in rest.items():
-                if not np.isfinite(np.asarray(value, dtype=np.float32)).all():
+                if not finite(value):
                     raise AdapterError("a value is NaN or infinite", where=name)
                 yield value
 
-        write_tensors(folder / WEIGHTS, specs, values())
-        write_json(folder / CONFIG, config_for(self.config, self.layout))
+        write_tensors(folder / WEIGHTS, announced, values())
+        write_json(folder / CONFIG, self.peft_config)
         made = {"provenance": dict(provenance)} if provenance is not None else {}
         write_json(folder / SIDECAR, {**self.sidecar, **made})
+
+
+def _wide(tensor: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Floats in float32; float64 and integers as they are."""
+    return tensor if tensor.dtype == np.float64 or tensor.dtype.kind == "i" else np.asarray(tensor, dtype=np.float32)
+
+
+def part_of(adapter: Adapter, module: str, shape: tuple[int, int]) -> Site:
+    """A LoRA adapter's site, of rank 0 where it has none: an adapter without the site adds nothing there."""
+    if module in adapter.layout:
+        return adapter.site(module)
+    return Site({"A": np.zeros((0, shape[1]), np.float32), "B": np.zeros((shape[0], 0), np.float32)})
+
+
+def merged_sidecar(first: Adapter) -> dict[str, Any]:
+    """What a merged adapter keeps of the notes on the one it is built on."""
+    return {k: v for k, v in first.sidecar.items() if k in ("format", "kind", "backbone", "family")}
+
+
+def rebuilt(first: Adapter, layout: Mapping[str, Place], read: Callable[[str], Site], notes: Notes) -> Adapter:
+    """An adapter computed from others: the first one's configuration, type and head, new sites."""
+    config = first.config
+    if set(layout) - set(first.layout):
+        config = {**config, "target_modules": sorted(layout)}
+    order = [*first.layout, *sorted(set(layout) - set(first.layout))]
+    ordered = {module: layout[module] for module in order}
+    return Adapter(first.structure, config, ordered, first.dtype, merged_sidecar(first), read, first.others, notes)
 
 
 @dataclass(frozen=True)
 class Divergence:
     """How the target language differs from the source language on the reference task, `weight` times as strong.
 
-    On disk it is a LoRA folder of the two references stacked, `[A_t; A_s]` and `[B_t, −B_s]`: plain PEFT opens it as the
-    exact difference of the two updates, and both spaces can be had from it.
+    On disk, a divergence of LoRA adapters is a LoRA folder of the two references stacked, `[A_t; A_s]` and `[B_t, −B_s]`: plain
+    PEFT opens it as the exact difference of the two updates, and every space can be had from it. A divergence of another
+    structure is a folder with the two references in it.
     """
 
     target_ref: Adapter
@@ -166,98 +238,38 @@ class Divergence:
         self,
         task: Adapter,
         *,
-        space: str = "factors",
+        space: str | None = None,
         modules: str | Sequence[str] = "all",
+        rules: Sequence[tuple[str, float]] = (),
         out_rank: int | None = None,
+        **guards: float | None,
     ) -> Adapter:
         """The task adapter plus this divergence (AdaMergeX).
 
         Args:
             task: The task's adapter.
-            space: `factors` (the paper's) or `product` (exact in the weight update).
-            modules: Which sites are merged, by name or role; the others stay the task's.
+            space: Where the structure is merged; None for its own rule. LoRA: `factors` (the paper's), `product` (exact in the
+                weight update). `cross`: the other kind of structure's rule.
+            modules: Which sites are merged, by name, role or `layer:0-5`; the others stay the task's.
+            rules: Weights of their own for some of the sites, by the same names; later ones win.
             out_rank: The rank to compress to, in product space.
+            **guards: `floor`, `bound` (ratios) or `rcond` (pseudo-inverses) of the rule.
 
         Raises:
             AdapterError: The three adapters do not fit together; every mismatch is named at once.
         """
-        rule = family(task.structure, space)
-        if out_rank is not None and space != "product":
-            raise AdapterError(
-                "an output rank needs product space", remedy="add --space product, or leave --out-rank out"
-            )
-        if out_rank is not None and out_rank < 1:
-            raise AdapterError(
-                f"an output rank must be at least 1, not {out_rank}", remedy="leave --out-rank out to keep all"
-            )
-        if not 0 <= self.weight < float("inf"):
-            raise AdapterError(f"the weight λ must be a finite number of at least 0, not {self.weight}")
-        chosen = frozenset(roles.select(task.layout, modules))
-        self._check(task, space, chosen)
-        if self.weight == 0:
-            return task
-        layout = dict(task.layout)
-        energy: dict[str, float] = {}
-        if space == "product":
-            for module in chosen:
-                layout[module] = self._stacked_place(task, module, out_rank)
-
-        def read(module: str) -> Site:
-            if module not in chosen:
-                return task.read(module)
-            site = transfer(
-                rule,
-                task.site(module),
-                self.target_ref.site(module),
-                self.source_ref.site(module),
-                self.weight,
-            )
-            if out_rank is None:
-                return site
-            site, energy[module] = compress(site, out_rank)
-            return site
-
-        sidecar = {k: v for k, v in task.sidecar.items() if k in ("format", "kind", "backbone", "family")}
-        return Adapter(task.config, layout, task.dtype, sidecar, read, task.others, energy)
-
-    def _stacked_place(self, task: Adapter, module: str, out_rank: int | None) -> Place:
-        place = task.layout[module]
-        rank = sum(a.layout[module].rank for a in (task, self.target_ref, self.source_ref))
-        if out_rank is not None:
-            rank = min(out_rank, rank, place.in_features, place.out_features)
-        return Place(place.in_features, place.out_features, rank, 1.0)
-
-    def _check(self, task: Adapter, space: str, chosen: frozenset[str]) -> None:
-        problems: list[str] = []
+        rule = family(task.structure, space, **guards)
+        exact = rule.name == "lora/product"
+        check_rank(out_rank, exact)
         named = {"task": task, "target reference": self.target_ref, "source reference": self.source_ref}
-        bases = {who: (a.sidecar.get("backbone") or {}).get("digest") for who, a in named.items()}
-        if len({b for b in bases.values() if b}) > 1:
-            problems.append(
-                "they belong to different base models: " + ", ".join(f"{w} {b[:24]}" for w, b in bases.items() if b)
-            )
-        for who, other in list(named.items())[1:]:
-            absent = sorted(m for m in chosen if m not in other.layout)
-            if absent:
-                problems.append(f"the {who} lacks {len(absent)} sites, first {absent[0]}")
-            for module in sorted(chosen & set(other.layout)):
-                mine, theirs = task.layout[module], other.layout[module]
-                if mine.shape != theirs.shape:
-                    problems.append(f"{module}: {mine.shape} in the task, {theirs.shape} in the {who} (out × in)")
-                elif space == "factors" and mine.rank != theirs.rank:
-                    problems.append(
-                        f"{module}: rank {mine.rank} in the task, {theirs.rank} in the {who} (--space product takes any)"
-                    )
-        if problems:
-            shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
-            raise AdapterError("the adapters do not fit together:\n  - " + "\n  - ".join(shown))
-        hashes = {a.sidecar.get("init_sha256") for a in named.values()}
-        if space == "factors" and len(hashes) > 1:
-            warnings.warn(
-                "the adapters did not start from the same initial weights: in factors space their difference is then mostly noise; "
-                "train them with equal seeds, or merge in product space",
-                AdapterWarning,
-                stacklevel=3,
-            )
+        sites = roles.select(list(dict.fromkeys(m for a in named.values() for m in a.layout)), modules)
+        check_fit(named, sites, any_rank=exact)
+        weights = {m: w for m, w in roles.weights(sites, self.weight, rules).items() if w != 0}
+        if not weights:
+            return task
+        if not exact:
+            warn_of_unlike_starts(named)
+        return _transferred(rule, task, self.target_ref, self.source_ref, weights, out_rank)
 
     def save(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> Path:
         """Writes the divergence as a folder that appears when it is complete.
@@ -265,40 +277,66 @@ class Divergence:
         Raises:
             AdapterError: The references do not fit together, or the weight is not 1.
         """
-        with appearing(Path(path), {"kind": "divergence", **(provenance or {})}) as work:
-            self._as_adapter().write(work, provenance)
-        return Path(path)
-
-    def _as_adapter(self) -> Adapter:
         if self.weight != 1:
             raise AdapterError("a divergence is saved at weight 1", remedy="give the weight when it is grafted")
+        lora = self.target_ref.structure == "lora"
+        sites = dict.fromkeys([*self.target_ref.layout, *self.source_ref.layout])
+        named = {"target reference": self.target_ref, "source reference": self.source_ref}
+        check_fit(named, sites, any_rank=lora)
+        with appearing(Path(path), {"kind": "divergence", **(provenance or {})}) as work:
+            if lora:
+                self.stacked().write(work, provenance)
+            else:
+                for name, part in zip(PARTS, (self.target_ref, self.source_ref), strict=True):
+                    (work / name).mkdir(exist_ok=True)
+                    part.write(work / name)
+                sidecar = {**merged_sidecar(self.target_ref), "kind": "divergence"}
+                write_json(work / SIDECAR, {**sidecar, "provenance": dict(provenance or {})})
+        return Path(path)
+
+    def as_adapter(self) -> Adapter:
+        """What the divergence adds (for (IA)³: multiplies with) as an adapter of the same structure: to be looked at."""
         target, source = self.target_ref, self.source_ref
-        self._check(target, "product", frozenset(target.layout))
-        layout = {
-            m: Place(p.in_features, p.out_features, p.rank + source.layout[m].rank, p.scaling)
-            for m, p in target.layout.items()
-        }
+        if target.structure == "lora":
+            return self.stacked()
+        rule = FAMILIES[target.structure][
+            "cross" if target.structure in ("prefix", "bottleneck") else own_space(target.structure)
+        ]
+        return replace(target, read=lambda m: rule.difference(target.site(m), source.site(m)), path=None)
+
+    def stacked(self) -> Adapter:
+        """The exact difference of two LoRA adapters as one, from which both can be had again."""
+        target, source = self.target_ref, self.source_ref
+        shapes = {m: weight_shape(a.layout[m]) for a in (source, target) for m in a.layout}
+
+        def scaling(module: str) -> float:
+            return (target if module in target.layout else source).layout[module].scaling
+
+        ranks = {m: [rank_of(a.layout[m]) if m in a.layout else 0 for a in (target, source)] for m in shapes}
+        layout = {m: lora_place(*shapes[m], sum(ranks[m]), scaling(m)) for m in sorted(shapes)}
 
         def read(module: str) -> Site:
-            t, s = target.site(module), source.site(module)
+            t, s = (part_of(a, module, shapes[module]) for a in (target, source))
             # In units of the target's scaling, so that equal scalings leave the references' numbers bit for bit.
-            b_s = s.tensors["B"] if s.scaling == t.scaling else s.tensors["B"] * (s.scaling / t.scaling)
+            b_s = s.tensors["B"] if s.scaling == scaling(module) else s.tensors["B"] * (s.scaling / scaling(module))
             a = np.concatenate([t.tensors["A"], s.tensors["A"]], axis=0)
-            return Site({"A": a, "B": np.concatenate([t.tensors["B"], -b_s], axis=1)}, t.scaling)
+            return Site({"A": a, "B": np.concatenate([t.tensors["B"], -b_s], axis=1)}, scaling(module))
 
         hashes = {target.sidecar.get("init_sha256"), source.sidecar.get("init_sha256")}
         sidecar = {
             **{k: v for k, v in target.sidecar.items() if k in ("format", "backbone", "family")},
             "kind": "divergence",
-            "target_ranks": {m: p.rank for m, p in target.layout.items()},
+            "target_ranks": {m: ranks[m][0] for m in layout},
             "init_sha256": hashes.pop() if len(hashes) == 1 else None,
         }
-        dtype = _common([target.dtype, source.dtype])
-        if any(place.scaling != source.layout[m].scaling for m, place in target.layout.items()):
+        dtype = common([target.dtype, source.dtype])
+        if any(place.scaling != scaling(m) for m, place in source.layout.items()):
             # B_s · s_s / s_t has more digits than B_s.
-            dtype = _common([dtype, np.dtype(np.float32)])
+            dtype = common([dtype, np.dtype(np.float32)])
         config = {**target.config, "modules_to_save": None}  # heads have no divergence
-        return Adapter(config, layout, dtype, sidecar, read)
+        if set(layout) != set(target.layout):
+            config["target_modules"] = sorted(layout)
+        return Adapter("lora", config, layout, dtype, sidecar, read)
 
     @classmethod
     def load(cls, path: str | Path) -> "Divergence":
@@ -307,79 +345,150 @@ class Divergence:
         Raises:
             AdapterError: The folder is not one.
         """
-        stacked = _open(Path(path))
+        folder = Path(path)
+        if is_divergence(folder) and all((folder / part).is_dir() for part in PARTS):
+            target, source = (_open(folder / part) for part in PARTS)
+            return cls(target, source)
+        stacked = _open(folder)
         ranks = stacked.sidecar.get("target_ranks")
         if (
             stacked.sidecar.get("kind") != "divergence"
+            or stacked.structure != "lora"
             or not isinstance(ranks, dict)
             or set(ranks) != set(stacked.layout)
+            or not all(isinstance(r, int) and 0 <= r <= rank_of(stacked.layout[m]) for m, r in ranks.items())
         ):
             raise AdapterError("this folder is not a divergence", where=path, remedy="make one: lingraft divergence")
 
         def part(index: int) -> Adapter:
             layout = {}
-            for module, place in stacked.layout.items():
-                first = int(ranks[module])
-                layout[module] = replace(place, rank=first if index == 0 else place.rank - first)
+            for module, site in stacked.layout.items():
+                rank = (ranks[module], rank_of(site) - ranks[module])[index]
+                if rank:
+                    layout[module] = lora_place(*weight_shape(site), rank, site.scaling)
             sidecar = {**stacked.sidecar, "kind": "adapter"}
             return replace(
                 stacked,
                 layout=layout,
                 sidecar=sidecar,
-                read=lambda m: unstack(stacked.site(m), int(ranks[m]))[index],
+                read=lambda m: unstack(stacked.site(m), ranks[m])[index],
             )
 
         return cls(part(0), part(1))
 
 
-def base_digest(adapter: Adapter) -> str | None:
-    """The digest of the base model the adapter was trained on, where lingraft recorded it."""
-    return (adapter.sidecar.get("backbone") or {}).get("digest")
+def check_rank(out_rank: int | None, exact: bool) -> None:
+    """Makes sure that an output rank can be had.
+
+    Raises:
+        AdapterError: It cannot.
+    """
+    if out_rank is not None and not exact:
+        raise AdapterError(
+            "an output rank needs LoRA's product space", remedy="add --space product, or leave --out-rank out"
+        )
+    if out_rank is not None and out_rank < 1:
+        raise AdapterError(
+            f"an output rank must be at least 1, not {out_rank}", remedy="leave --out-rank out to keep all"
+        )
+
+
+def kept_rank(rank: int, shape: tuple[int, int], out_rank: int | None) -> int:
+    """The rank of a merged site: all of it, or what `compress` leaves."""
+    return rank if out_rank is None else min(out_rank, rank, *shape)
+
+
+def warn_of_unlike_starts(named: Mapping[str, Adapter]) -> None:
+    """Warns where adapters are merged number by number that did not start from the same initial weights."""
+    if len({adapter.sidecar.get("init_sha256") for adapter in named.values()}) > 1:
+        warnings.warn(
+            "the adapters did not start from the same initial weights: merged number by number, their difference is then mostly "
+            "noise; train them with equal seeds, or, where they are LoRA, merge in product space",
+            AdapterWarning,
+            stacklevel=4,
+        )
+
+
+def _transferred(
+    rule: Family, task: Adapter, target: Adapter, source: Adapter, weights: Mapping[str, float], out_rank: int | None
+) -> Adapter:
+    """The merge, not yet computed."""
+    exact = rule.name == "lora/product"
+    notes = Notes()
+    layout = dict(task.layout)
+    parts = (task, target, source)
+    shapes: dict[str, tuple[int, int]] = {}
+    if exact:
+        for module in weights:
+            shapes[module] = next(weight_shape(a.layout[module]) for a in parts if module in a.layout)
+            rank = sum(rank_of(a.layout[module]) for a in parts if module in a.layout)
+            layout[module] = lora_place(*shapes[module], kept_rank(rank, shapes[module], out_rank), 1.0)
+
+    @cache
+    def one_for_all() -> Site:
+        return rule.difference(_whole(target), _whole(source))
+
+    def read(module: str) -> Site:
+        if module not in weights:
+            return task.read(module)
+        if isinstance(rule, PrefixFlat):
+            return rule.apply(task.site(module), rule.scale(one_for_all(), weights[module]))
+        t, r_t, r_s = (part_of(a, module, shapes[module]) if exact else a.site(module) for a in parts)
+        if changed := rule.guarded(r_t, r_s):
+            notes.guarded[module] = changed
+        site = transfer(rule, t, r_t, r_s, weights[module])
+        if out_rank is None:
+            return site
+        site, notes.energy[module] = compress(site, out_rank)
+        return site
+
+    return rebuilt(task, layout, read, notes)
+
+
+def _whole(adapter: Adapter) -> Site:
+    """All sites as one."""
+    return Site({f"{m}.{role}": t for m in adapter.layout for role, t in adapter.site(m).tensors.items()})
 
 
 def content_digest(folder: Path) -> str:
     """SHA-256 of an adapter's tensors: what provenance names its inputs by."""
-    return digest_file(folder / WEIGHTS)
+    if (folder / WEIGHTS).is_file():
+        return digest_file(folder / WEIGHTS)
+    return digest_value([digest_file(folder / part / WEIGHTS) for part in PARTS])
+
+
+def is_divergence(folder: Path) -> bool:
+    """Whether a folder says that it holds a divergence."""
+    return (read_sidecar(folder) or {}).get("kind") == "divergence"
 
 
 def _open(folder: Path) -> Adapter:
     check_folder(folder)
     config = read_config(folder)
-    sidecar = read_sidecar(folder)
+    files = layout_of(config, folder / CONFIG)
+    files.check(config, folder / CONFIG)
+    sidecar = read_sidecar(folder) or {"format": 1, "kind": "adapter", "family": files.structure}
     tensors = TensorFile(folder / WEIGHTS)
-    factors: dict[str, dict[str, str]] = {}
-    others: list[str] = []
-    for name in tensors.names:
-        stem, _, ending = name.removeprefix(PREFIX).rpartition(".lora_")
-        if stem and ending in ("A.weight", "B.weight"):
-            factors.setdefault(stem, {})[ending[0]] = name
-        elif "lora_" in name:
-            raise AdapterError(f"tensor '{name}' is of a LoRA variant that cannot be merged", where=folder)
-        else:
-            others.append(name)
-    layout = {m: place_of(tensors, config, m, names, folder) for m, names in sorted(factors.items())}
-    if not layout:
-        raise AdapterError("this adapter has no LoRA factors", where=folder)
-
-    def read(module: str) -> Site:
-        return Site({role: tensors.read(factors[module][role]) for role in ("A", "B")}, layout[module].scaling)
+    opened = files.open(config, tensors)
+    types: set[np.dtype[Any]] = set()
+    for name in set(tensors.names) - set(opened.others):
+        dtype = tensors.dtype(name)
+        if dtype in _FLOATS:
+            types.add(dtype)
+        elif files.structure != "sparse":
+            raise AdapterError(f"tensor '{name}' holds {dtype}, not floats", where=folder)
 
     def other(name: str) -> Callable[[], np.ndarray[Any, Any]]:
         return lambda: tensors.read(name)
 
-    types = {name: tensors.dtype(name) for names in factors.values() for name in names.values()}
-    for name, dtype in types.items():
-        if dtype not in _FLOATS:
-            raise AdapterError(f"tensor '{name}' holds {dtype}, not floats", where=folder)
-    return Adapter(
-        config, layout, _common(types.values()), sidecar, read, {name: other(name) for name in others}, path=folder
-    )
+    others = {name: other(name) for name in opened.others}
+    return Adapter(files.structure, config, opened.layout, common(types), sidecar, opened.read, others, path=folder)
 
 
 _FLOATS = frozenset(DTYPES[kind] for kind in ("F64", "F32", "F16", "BF16"))
 
 
-def _common(dtypes: Iterable[np.dtype[Any]]) -> np.dtype[Any]:
+def common(dtypes: Iterable[np.dtype[Any]]) -> np.dtype[Any]:
     """A type that holds the numbers of all these: the only one, or float32, or float64 where that is among them."""
     kinds = set(dtypes)
     if len(kinds) == 1:

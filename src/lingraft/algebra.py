@@ -44,6 +44,9 @@ class Law(Enum):
     NEUTRAL = "transfer(x, r, r, w) = x for every w"
 
 
+ALL_LAWS = frozenset(Law)
+
+
 class Family(Protocol):
     """The operators of one adapter structure on one site."""
 
@@ -71,6 +74,10 @@ class Family(Protocol):
 
     def effect(self, x: Site) -> Array:
         """What the site does to the model; two sites are equal when their effects are."""
+        ...
+
+    def guarded(self, x: Site, y: Site) -> int:
+        """How many numbers of `difference(x, y)` a guard against division by (nearly) nothing changed."""
         ...
 
 

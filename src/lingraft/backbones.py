@@ -3,14 +3,14 @@
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lingraft import roles
-from lingraft.adapter import Adapter
-from lingraft.config import AdapterConfig
+from lingraft.adapter import Adapter, base_digest
 from lingraft.errors import AdapterError, BackboneError, MissingExtra, UserError
+from lingraft.layouts.prefix import TENSOR
 from lingraft.locating import Located, materialise
 
 if TYPE_CHECKING:
@@ -141,43 +141,59 @@ class Backbone:
         """
         from peft import get_peft_model, set_peft_model_state_dict
 
+        from lingraft.prefixes import in_front
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             wrapped = get_peft_model(self.model, peft_config)
+        learned = getattr(wrapped, "prompt_encoder", None)
         try:
             if tensors is not None:
                 result = set_peft_model_state_dict(wrapped, dict(tensors))
-                missing = [k for k in result.missing_keys if "lora_" in k]
-                if result.unexpected_keys or missing:
-                    wrong = [*result.unexpected_keys, *missing]
+                marker = getattr(wrapped.base_model, "prefix", None)
+                missing = [k for k in result.missing_keys if marker and marker in k]
+                # PEFT takes a prefix out of what it is given, and then says that it did not expect it.
+                wrong = [*(k for k in result.unexpected_keys if k != TENSOR), *missing]
+                if wrong:
                     raise AdapterError(
                         f"the adapter does not fit this base model: {len(wrong)} tensors, first {wrong[0]}",
                         remedy="use the base model the adapter was trained on",
                     )
-            yield wrapped
+            if learned is None:
+                yield wrapped
+            else:
+                with in_front(self.model, learned["default"].embedding.weight.to(self.device)):
+                    yield wrapped
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise AdapterError(
+                "the adapter does not fit this base model: a tensor has another shape",
+                remedy="use the base model the adapter was trained on",
+            ) from error
         finally:
-            wrapped.unload()
+            if learned is None:
+                wrapped.unload()
             self.model.requires_grad_(False)
             # PEFT leaves its notes on the base model; the next adapter must not be told of a second one.
             self.model.__dict__.pop("peft_config", None)
 
     @contextmanager
-    def with_adapter(self, adapter: Adapter | None) -> Iterator[None]:
+    def with_adapter(self, adapter: Adapter | None) -> Iterator[Any]:
         """The base with an adapter on it, in evaluation mode; None: the base alone.
+
+        Yields:
+            The PEFT model, or None.
 
         Raises:
             AdapterError: The adapter belongs to another base model.
         """
         if adapter is None:
             self.model.eval()
-            yield
+            yield None
             return
         import numpy as np
         import torch
-        from peft import LoraConfig
-
-        from lingraft.adapter import base_digest
-        from lingraft.peft_layout import config_for
 
         theirs = base_digest(adapter)
         if theirs and theirs != self.digest:
@@ -186,21 +202,14 @@ class Backbone:
                 where=adapter.path,
                 remedy="give the base model it was trained on",
             )
-        known = {
-            k: v for k, v in config_for(adapter.config, adapter.layout).items() if k in LoraConfig.__dataclass_fields__
-        }
-        tensors = {}
-        for module in adapter.modules:
-            site = adapter.site(module)
-            for role in ("A", "B"):
-                array = np.ascontiguousarray(site.tensors[role], dtype=np.float32)
-                tensors[f"base_model.model.{module}.lora_{role}.weight"] = torch.from_numpy(array)
-        with self.attached(LoraConfig(**known), tensors) as wrapped:
+        arrays = {**dict(adapter.tensors()), **{name: read() for name, read in adapter.others.items()}}
+        tensors = {n: torch.from_numpy(np.array(a, dtype=_readable(a.dtype))) for n, a in arrays.items()}
+        with self.attached(peft_config(adapter.peft_config), tensors) as wrapped:
             wrapped.eval()
-            yield
+            yield wrapped
 
-    def target_modules(self, config: AdapterConfig) -> list[str]:
-        """The paths of the linear layers an adapter configuration chooses, sorted.
+    def target_modules(self, chosen: str | Sequence[str]) -> list[str]:
+        """The paths of the linear layers that names and roles choose, sorted.
 
         Raises:
             UserError: A name or role matches no linear layer.
@@ -211,7 +220,35 @@ class Backbone:
         linear = [n for n, m in self.model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
         if not linear:
             raise UserError(f"{type(self.model).__name__} has no linear layers to adapt")
-        return sorted(roles.select(linear, config.modules))
+        return sorted(roles.select(linear, chosen))
+
+
+def peft_config(values: Mapping[str, Any]) -> Any:
+    """PEFT's configuration object; fields that this version of PEFT does not have are left out.
+
+    Raises:
+        AdapterError: PEFT and lingraft know no modules for the structure.
+    """
+    import dataclasses
+
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+    from lingraft.modules import register
+
+    register()
+    kind: Any = values["peft_type"]
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING or kind not in PEFT_TYPE_TO_TUNER_MAPPING:
+        raise AdapterError(f"an adapter of the type {kind} can be merged, but not yet put on a model")
+    made = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    known = {f.name for f in dataclasses.fields(made) if f.init} - {"peft_type"}
+    return made(**{k: v for k, v in values.items() if k in known})
+
+
+def _readable(dtype: Any) -> Any:
+    """A type that torch can take from numpy: bfloat16 goes by float32."""
+    import numpy as np
+
+    return np.float32 if dtype.kind == "V" or dtype.name == "bfloat16" else dtype
 
 
 def _device(name: str) -> str:

@@ -172,7 +172,13 @@ def _model_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @main.command()
 @_model_options
 @click.option("--text", help="For clm: path of the text below --data-dir, with {language} in it.")
-@click.option("--adapter", default="lora", show_default=True, type=click.Choice(["lora"]))
+@click.option(
+    "--adapter",
+    default="lora",
+    show_default=True,
+    type=click.Choice(["lora", "ia3", "prefix", "bottleneck"]),
+    help="The adapter's structure; adapter.… values set the rest.",
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--start-from", type=FOLDER, help="An adapter to go on from.")
 @click.option("--out", type=FOLDER, required=True)
@@ -216,19 +222,46 @@ def divergence(target_ref: Path, source_ref: Path, out: Path, as_json: bool) -> 
 
 
 @main.command()
-@click.option("--task", type=FOLDER, required=True, help="The task's adapter.")
+@click.argument("adapters", nargs=-1, metavar="[ADAPTER=WEIGHT]...")
+@click.option("--task", type=FOLDER, help="The task's adapter.")
 @click.option("--target-ref", type=FOLDER, help="Reference adapter of the target language.")
 @click.option("--source-ref", type=FOLDER, help="Reference adapter of the source language.")
 @click.option("--divergence", "divergence_dir", type=FOLDER, help="A saved divergence, instead of the two references.")
-@click.option("--weight", type=float, required=True, help="λ: how much of the divergence is added.")
-@click.option("--space", default="factors", show_default=True, type=click.Choice(["factors", "product"]))
+@click.option("--weight", type=float, help="λ: how much of the divergence is added.")
+@click.option(
+    "--weight-of",
+    "rules",
+    multiple=True,
+    metavar="SITES=λ",
+    help="A λ of their own for some sites: feed_forward=0, layer:0-5=0.3, 'layer:6-11&attention=1'. Later ones win.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["transfer", "cross", "arimerge", "arimerge-add", "linear", "cat", "ties", "dare", "knots"]),
+    help="transfer: the structure's own rule; cross: the other kind's; arimerge: Zhang et al. 2023; "
+    "the others combine ADAPTER=WEIGHT.  [default: transfer, or linear for ADAPTER=WEIGHT]",
+)
+@click.option(
+    "--space",
+    type=click.Choice(["factors", "product", "layer", "flat", "literal", "ratio", "inverse", "difference", "cross"]),
+    help="Where it is merged. LoRA: factors (the paper's) or product (exact); prefix: layer, flat or literal.",
+)
 @click.option("--modules", default="all", show_default=True, help="Names or roles, with commas: q_proj,attention.value")
-@click.option("--out-rank", type=click.IntRange(min=1), help="Compress to this rank (product space).")
+@click.option("--out-rank", type=click.IntRange(min=1), help="Compress to this rank (LoRA, product space).")
+@click.option("--floor", type=float, help="Least size of a denominator, where the rule divides.")
+@click.option("--bound", type=float, help="Greatest size of a ratio, where the rule divides.")
+@click.option("--rcond", type=float, help="Singular values below this share of the greatest count as zero.")
+@click.option("--density", type=float, default=0.2, show_default=True, help="ties, knots: share of numbers kept.")
+@click.option("--drop", type=float, default=0.9, show_default=True, help="dare: share of numbers dropped.")
+@click.option("--seed", type=int, default=0, show_default=True, help="dare: draws what is dropped.")
 @click.option("--verify", is_flag=True, help="Print ‖ΔW_out − ΔW_expected‖ / ‖ΔW_expected‖.")
 @click.option("--out", type=FOLDER, required=True)
 @verb
 def merge(**options: Any) -> Any:
-    """Graft a divergence onto a task: T + λ(R_t − R_s). Needs no base model; the result opens in PEFT."""
+    """Graft a divergence onto a task, T + λ(R_t − R_s), or combine any number of adapters.
+
+    Needs no base model; the result opens in PEFT. Heads come from the task's adapter, or the first one.
+    """
     from lingraft.commands import adapters
 
     return adapters.merge_adapters(**options)

@@ -38,16 +38,48 @@ class BackboneConfig(Config):
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
 
 
-class AdapterConfig(Config):
-    """The structure of an adapter."""
+_OF_FAMILY = {
+    "lora": ("rank", "alpha", "dropout", "modules"),
+    "ia3": ("modules",),
+    "prefix": ("tokens",),
+    "bottleneck": ("reduction", "positions", "activation"),
+}
+"""Which values of an adapter's configuration mean something to which structure."""
 
-    family: Literal["lora"] = "lora"
-    rank: int = Field(default=8, ge=1, le=4096)
-    alpha: float = Field(default=16, gt=0)
-    dropout: float = Field(default=0.05, ge=0, lt=1)
+
+class AdapterConfig(Config):
+    """The structure of an adapter; values that another structure needs are refused."""
+
+    family: Literal["lora", "ia3", "prefix", "bottleneck"] = "lora"
+    rank: int = Field(default=8, ge=1, le=4096, description="LoRA")
+    alpha: float = Field(default=16, gt=0, description="LoRA: the update is alpha / rank times B·A")
+    dropout: float = Field(default=0.05, ge=0, lt=1, description="LoRA")
     modules: str | tuple[str, ...] = Field(
-        default="all", description="'all' linear layers, or names and roles such as q_proj, attention.query"
+        default="all",
+        description="names and roles such as q_proj, attention.query; 'all': for LoRA all linear layers, for (IA)³ the "
+        "paper's: key, value, and the feed-forward output, whose input is scaled",
     )
+    tokens: int = Field(default=16, ge=1, le=4096, description="prefix: virtual tokens")
+    reduction: float = Field(default=16, ge=1, description="bottleneck: the model's width over the bottleneck's")
+    positions: Literal["pfeiffer", "houlsby"] = Field(
+        default="pfeiffer", description="bottleneck: after the feed-forward part, or after attention too"
+    )
+    activation: Literal["relu", "gelu", "silu", "tanh"] = Field(default="relu", description="bottleneck")
+
+    @model_validator(mode="after")
+    def _of_family(self) -> "AdapterConfig":
+        others = set(type(self).model_fields) - {"family", *_OF_FAMILY[self.family]}
+        strange = sorted(name for name in others if getattr(self, name) != type(self).model_fields[name].default)
+        if strange:
+            raise ValueError(
+                f"{', '.join(strange)}: not of the structure '{self.family}', which has {', '.join(_OF_FAMILY[self.family])}"
+            )
+        return self
+
+    def key(self, *without: str) -> dict[str, Any]:
+        """The values of this structure alone: what another one could have been does not make new work."""
+        kept = {"family", *_OF_FAMILY[self.family]} - set(without)
+        return self.model_dump(mode="json", include=kept)
 
 
 class TrainingConfig(Config):
@@ -88,7 +120,7 @@ class MergeConfig(Config):
 
     modules: str | tuple[str, ...] = "all"
     out_rank: int | None = Field(
-        default=None, ge=1, description="rank kept in product space; absent: exact, three times the rank"
+        default=None, ge=1, description="LoRA: rank kept in product space; absent: exact, three times the rank"
     )
 
 

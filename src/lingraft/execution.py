@@ -11,7 +11,7 @@ from lingraft import __version__, roles
 from lingraft.adapter import Adapter
 from lingraft.config import AdapterConfig, Experiment, TrainingConfig
 from lingraft.locating import Located
-from lingraft.merging import content_digest, divergence_of, energy_kept, graft, similarity
+from lingraft.merging import Graft, content_digest, divergence_of, energy_kept, similarity
 from lingraft.plan import Step
 from lingraft.predictions import SCORES, read_predictions, read_scores, score, write_predictions
 from lingraft.store import Store, read_json, write_json
@@ -49,7 +49,8 @@ class Session:
         self.progress(0, 0, "loading the base model")
         loaded = Backbone(self.located)
         # A module that does not exist is said now, not after an hour of training.
-        roles.select(loaded.target_modules(self.experiment.adapter), self.experiment.merge.modules)
+        if self.experiment.adapter.family == "lora":
+            roles.select(loaded.target_modules(self.experiment.adapter.modules), self.experiment.merge.modules)
         return loaded
 
     @cached_property
@@ -130,16 +131,19 @@ def _grafted(
 ) -> tuple[Adapter, dict[str, Any]]:
     target, source = session.folder(inputs["target_ref"]), session.folder(inputs["source_ref"])
     divergence, _ = divergence_of(target, source)
-    names = {"target_ref": content_digest(target), "source_ref": content_digest(source)}
+    folders = {"task": session.folder(inputs["task"]), "target_ref": target, "source_ref": source}
+    names = {role: content_digest(folder) for role, folder in folders.items()}
     options = {k: config[k] for k in ("space", "modules", "out_rank")}
-    return graft(session.folder(inputs["task"]), divergence, names, weight, **options)
+    graft, task = Graft(weight, **options), Adapter.load(folders["task"])
+    return graft.onto(task, divergence), graft.provenance(task, names)
 
 
 def _merge(step: Step, session: Session, work: Path) -> dict[str, Any]:
     weight = read_json(session.folder(step.inputs["selection"]) / SELECTED)["weight"]
     merged, provenance = _grafted(step.inputs, step.config, weight, session)
     merged.write(work, {**provenance, "step": step.key})
-    return {"weight": weight, "energy_kept": energy_kept(merged)}
+    guarded = sum(merged.notes.guarded.values())
+    return {"weight": weight, "energy_kept": energy_kept(merged), "guarded": guarded}
 
 
 def _predict(step: Step, session: Session, work: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class Method:
             source's task `sequential`ly after the target's reference task, or a `graft`.
         references: For a graft, whose difference is added: the reference adapter of the target, the source or another language,
             or the `initial` adapter, which is zero.
-        space: For a graft, where it is merged.
+        space: For a graft, where it is merged; None for the structure's own rule.
     """
 
     name: str
@@ -28,20 +28,29 @@ class Method:
     says: str
     adapter: Literal["none", "source", "target", "sequential", "graft"]
     references: tuple[Reference, Reference] = ("target", "source")
-    space: str = "factors"
+    space: str | None = None
 
 
 _ROWS = (
     Method("vanilla", "Vanilla", "the base model, no adapter", "none"),
     Method("eng-ft", "Eng-FT", "the task's adapter from the source language, as it is (λ = 0)", "source"),
     Method("tgt-ft", "Tgt-FT", "an adapter trained on the target's own labels: the ceiling", "target"),
-    Method("adamergex", "AdaMergeX", "T + λ(R_t − R_s), A and B merged separately (the paper's)", "graft"),
+    Method(
+        "adamergex", "AdaMergeX", "T + λ(R_t − R_s) by the structure's own rule (LoRA: A and B separately)", "graft"
+    ),
     Method(
         "adamergex-product",
         "AdaMergeX (product)",
-        "T + λ(R_t − R_s) in the weight updates, exact",
+        "T + λ(R_t − R_s) in the weight updates, exact (LoRA)",
         "graft",
         space="product",
+    ),
+    Method(
+        "adamergex-cross",
+        "AdaMergeX (cross rule)",
+        "the rule of another structure: LoRA multiplied, the others added",
+        "graft",
+        space="cross",
     ),
     Method(
         "control-add",

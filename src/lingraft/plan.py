@@ -14,6 +14,7 @@ from typing import Any
 from lingraft.config import Experiment, TrainingConfig
 from lingraft.digests import digest_file, digest_value
 from lingraft.errors import ConfigError, DataError
+from lingraft.families import family
 from lingraft.locating import Located
 from lingraft.methods import Method, method
 from lingraft.tasks.choice import ChoiceTask, bundled_or
@@ -267,7 +268,7 @@ class _Planner:
         merge = self.experiment.merge
         modules = merge.modules if isinstance(merge.modules, str) else list(merge.modules)
         return {
-            "space": row.space,
+            "space": family(self.experiment.adapter.family, row.space).name.partition("/")[2],
             "modules": modules,
             "out_rank": merge.out_rank if row.space == "product" else None,
         }

@@ -1,8 +1,9 @@
 """Modules named by what they do (`attention.query`) as well as by name (`q_proj`): one table for all architectures."""
 
+import re
 from collections.abc import Iterable, Sequence
 
-from lingraft.errors import UserError, suggestion
+from lingraft.errors import AdapterError, UserError, suggestion
 
 ROLES: dict[str, tuple[str, ...]] = {
     "attention.query": (
@@ -59,12 +60,55 @@ def plays(module: str, role: str) -> bool:
     return best is not None and best in ROLES[role]
 
 
+def layer_of(module: str) -> int | None:
+    """The number of the layer a module stands in: the first number of its path."""
+    return next((int(part) for part in module.split(".") if part.isdigit()), None)
+
+
+_LAYERS = re.compile(r"layer:(\d{1,6})(?:-(\d{1,6}))?")
+
+
+def _matches(module: str, name: str) -> bool:
+    """Whether a module is called so, plays that role, or stands in those layers; `a&b` asks for both."""
+    for part in name.split("&"):
+        part = part.strip()
+        if layers := _LAYERS.fullmatch(part):
+            number, first = layer_of(module), int(layers[1])
+            if number is None or not first <= number <= int(layers[2] or first):
+                return False
+        elif not (plays(module, part) if part in ROLES else _ends_with(module, part)):
+            return False
+    return True
+
+
+def weights(modules: Iterable[str], default: float, rules: Sequence[tuple[str, float]] = ()) -> dict[str, float]:
+    """The weight λ of every module: the last rule that names it, or the default.
+
+    Args:
+        modules: Paths.
+        default: The weight of modules that no rule names.
+        rules: A name as for `select`, and the weight.
+
+    Raises:
+        UserError: A rule names nothing, or a weight is negative or not finite.
+    """
+    paths = tuple(modules)
+    found = dict.fromkeys(paths, default)
+    for name, weight in rules:
+        found.update(dict.fromkeys(select(paths, [name]), weight))
+    for weight in (default, *(w for _, w in rules)):
+        if not 0 <= weight < float("inf"):
+            raise AdapterError(f"the weight λ must be a finite number of at least 0, not {weight}")
+    return found
+
+
 def select(modules: Iterable[str], chosen: str | Sequence[str]) -> tuple[str, ...]:
     """The modules that a choice names.
 
     Args:
         modules: Paths such as `model.layers.0.self_attn.q_proj`.
-        chosen: `all`, or names, path ends and roles, as a list or with commas.
+        chosen: `all`, or names, path ends, roles and layers (`layer:3`, `layer:0-5`), as a list or with commas; `a&b` for
+            what is both.
 
     Returns:
         The chosen paths, in the order given.
@@ -78,7 +122,7 @@ def select(modules: Iterable[str], chosen: str | Sequence[str]) -> tuple[str, ..
         return paths
     found: set[str] = set()
     for name in names:
-        hits = [p for p in paths if (plays(p, name) if name in ROLES else _ends_with(p, name))]
+        hits = [p for p in paths if _matches(p, name)]
         if not hits:
             leaves = sorted({p.rsplit(".", 1)[-1] for p in paths})
             roles = sorted(r for r in ROLES if any(plays(p, r) for p in paths))

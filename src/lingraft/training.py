@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import get_peft_model_state_dict
 
 from lingraft import __version__
 from lingraft.adapter import Adapter
-from lingraft.backbones import Backbone, environment
+from lingraft.backbones import Backbone, environment, peft_config
 from lingraft.batching import TokenSequence, batches, derived_seed, loss_positions, micro_batches, steps_of
 from lingraft.config import AdapterConfig, TrainingConfig
 from lingraft.errors import AdapterError, LingraftError, UserError
+from lingraft.layouts.common import CONFIG, SIDECAR, WEIGHTS
 from lingraft.losses import summed_cross_entropy
-from lingraft.peft_layout import CONFIG, SIDECAR, WEIGHTS
 from lingraft.store import write_json
+from lingraft.structures import fresh
 from lingraft.tensors import TensorFile, write_all
 
 if TYPE_CHECKING:
@@ -46,22 +47,6 @@ def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
     share = (step - warm) / max(1, total - warm)
     factor = {"cosine": 0.5 * (1 + math.cos(math.pi * share)), "linear": 1 - share, "constant": 1.0}[config.schedule]
     return config.learning_rate * factor
-
-
-def initial_tensors(backbone: Backbone, adapter: AdapterConfig, seed: int) -> dict[str, torch.Tensor]:
-    """An adapter's initial weights: a function of (base, configuration, seed), never of the global random state.
-
-    A is uniform in ±1/√in (PEFT's Kaiming initialisation with a = √5), B is zero. Adapters that are to be merged must start alike.
-    """
-    found: dict[str, torch.Tensor] = {}
-    for module in backbone.target_modules(adapter):
-        layer = backbone.model.get_submodule(module)
-        inner, outer = int(layer.in_features), int(layer.out_features)  # pyright: ignore[reportArgumentType]
-        rng = np.random.default_rng(derived_seed("init", backbone.digest, adapter.rank, module, seed))
-        a = rng.uniform(-1, 1, size=(adapter.rank, inner)) / math.sqrt(inner)
-        found[f"base_model.model.{module}.lora_A.weight"] = torch.from_numpy(a.astype(np.float32))
-        found[f"base_model.model.{module}.lora_B.weight"] = torch.zeros(outer, adapter.rank)
-    return found
 
 
 def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
@@ -139,7 +124,7 @@ def train(
     progress: Progress | None = None,
     checkpoint_seconds: float = 30.0,
 ) -> dict[str, Any]:
-    """Trains a LoRA adapter and writes it, in PEFT's layout, into a folder that exists.
+    """Trains an adapter and writes it, in PEFT's layout, into a folder that exists.
 
     Run again on a folder that holds a checkpoint, it goes on from there.
 
@@ -164,27 +149,17 @@ def train(
         LingraftError: The loss became NaN or infinite.
     """
     adapter, training = adapter or AdapterConfig(), training or TrainingConfig()
-    tensors = initial_tensors(backbone, adapter, seed)
+    made, tensors = fresh(backbone, adapter, seed)
     init_hash = hash_tensors(tensors)
     if start_from is not None:
         tensors = _tensors_of(start_from, tensors)
-    modules = [
-        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for name in tensors if "lora_A" in name
-    ]
-    config = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=_whole(adapter.alpha),
-        lora_dropout=adapter.dropout,
-        target_modules=modules,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=backbone.located.name,
-    )
+    config = peft_config(made)
     with backbone.attached(config, tensors) as model:
         model.train()
         summary = _loop(backbone, model, sequences, out, training, seed, trackers, progress, checkpoint_seconds)
         final = {name: t.detach().float().cpu().numpy() for name, t in get_peft_model_state_dict(model).items()}
     write_all(out / WEIGHTS, final)
-    _write_config(out / CONFIG, config, _target_names(backbone, modules))
+    _write_config(out / CONFIG, config, {field: _names(backbone, made[field]) for field in _MODULES if field in made})
     sidecar = {
         "format": 1,
         "kind": "adapter",
@@ -198,34 +173,24 @@ def train(
     return {**summary, "environment": environment(backbone)}
 
 
-def _whole(alpha: float) -> int:
-    # PEFT annotates lora_alpha as an int and multiplies with it as it is.
-    return int(alpha) if float(alpha).is_integer() else alpha  # pyright: ignore[reportReturnType]
+_MODULES = ("target_modules", "feedforward_modules")
 
 
-def _target_names(backbone: Backbone, modules: Sequence[str]) -> list[str]:
+def _names(backbone: Backbone, modules: Sequence[str]) -> list[str]:
     """What the configuration calls the modules: `q_proj` where that names just them, as other tools expect, else paths."""
     leaves = sorted({module.rsplit(".", 1)[-1] for module in modules})
-    return (
-        leaves if set(backbone.target_modules(AdapterConfig(modules=tuple(leaves)))) == set(modules) else list(modules)
-    )
+    return leaves if set(backbone.target_modules(tuple(leaves))) == set(modules) else list(modules)
 
 
-def _write_config(path: Path, config: LoraConfig, target_modules: list[str]) -> None:
+def _write_config(path: Path, config: Any, names: dict[str, list[str]]) -> None:
     """Writes PEFT's own fields, its sets sorted, so that equal adapters have equal files."""
     values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    values["target_modules"] = target_modules
-    values["inference_mode"] = True
+    values |= {**names, "inference_mode": True}
     write_json(path, json.loads(json.dumps(values, default=lambda v: getattr(v, "value", str(v)))))
 
 
 def _tensors_of(folder: Path, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    given = Adapter.load(folder)
-    found = {}
-    for module in given.modules:
-        site = given.site(module)
-        for role in ("A", "B"):
-            found[f"base_model.model.{module}.lora_{role}.weight"] = torch.from_numpy(np.array(site.tensors[role]))
+    found = {name: torch.from_numpy(np.array(array)) for name, array in Adapter.load(folder).tensors()}
     wrong = sorted(n for n in set(found) ^ set(like) or {n for n in like if like[n].shape != found[n].shape})
     if wrong:
         raise AdapterError(

@@ -11,6 +11,7 @@ import pytest
 
 from lingraft import Adapter, Divergence
 from lingraft.errors import AdapterError, UserError
+from lingraft.layouts.lora import rank_of, weight_shape
 from tests.unit.adapters import (
     FEW,
     PREFIX,
@@ -59,7 +60,7 @@ def test_loading_gives_the_numbers_of_the_file(tmp_path: Path, dtype: Any) -> No
     assert adapter.dtype == np.dtype(dtype)
     for module, shape in SHAPES.items():
         place = adapter.layout[module]
-        assert (place.shape, place.rank, place.scaling) == (shape, 2, 2.5)
+        assert (weight_shape(place), rank_of(place), place.scaling) == (shape, 2, 2.5)
         site = adapter.site(module)
         for role, expected in zip("AB", factors_of(tmp_path / "a", module), strict=True):
             assert site.tensors[role].dtype == np.float32
@@ -237,9 +238,19 @@ def test_initialisations_that_leave_the_base_alone_are_read(tmp_path: Path, init
     assert set(Adapter.load(folder).modules) == set(FEW)
 
 
-@pytest.mark.parametrize("kind", ["IA3", "PREFIX_TUNING", None])
-def test_another_kind_of_adapter_is_refused(tmp_path: Path, kind: str | None) -> None:
-    assert f"peft_type {kind}" in str(refused(write_adapter(tmp_path / "a", 1, shapes=FEW, peft_type=kind)))
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("VERA", "'VERA' cannot be merged"),
+        ("lora", "'lora' cannot be merged"),
+        ("IA3", "no tensors named …ia3_…"),
+        ("PREFIX_TUNING", "no tensor 'prompt_embeddings'"),
+        (None, "not an adapter's configuration"),
+        (["LORA"], "not an adapter's configuration"),
+    ],
+)
+def test_another_kind_of_adapter_is_refused(tmp_path: Path, kind: Any, message: str) -> None:
+    assert message in str(refused(write_adapter(tmp_path / "a", 1, shapes=FEW, peft_type=kind)))
 
 
 def test_a_missing_folder_is_an_error_with_its_path(tmp_path: Path) -> None:
@@ -319,7 +330,7 @@ def test_tensors_that_are_not_plain_lora_are_refused_by_name(tmp_path: Path, cha
 
 def test_a_file_without_factors_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path / "a", {f"{PREFIX}score.weight": np.ones((2, 2), np.float32)}, config_of(r=2, lora_alpha=4))
-    assert "no LoRA factors" in str(refused(tmp_path / "a"))
+    assert "no tensors named …lora_…" in str(refused(tmp_path / "a"))
 
 
 # Writing safely
@@ -511,9 +522,20 @@ def test_a_weighted_divergence_is_not_saved(tmp_path: Path) -> None:
 
 
 def test_a_divergence_of_references_that_do_not_fit_is_not_saved(tmp_path: Path) -> None:
-    target = write_adapter(tmp_path / "target", 1, shapes=SHAPES)
-    source = write_adapter(tmp_path / "source", 2, shapes=FEW)
+    target = write_adapter(tmp_path / "target", 1, shapes=FEW)
+    source = write_adapter(tmp_path / "source", 2, shapes={m: (width, out) for m, (out, width) in FEW.items()})
     before = snapshot(tmp_path)
-    with pytest.raises(AdapterError, match="lacks 12 sites"):
+    with pytest.raises(AdapterError, match="do not fit together"):
         (Adapter.load(target) - Adapter.load(source)).save(tmp_path / "out")
     assert snapshot(tmp_path) == before
+
+
+def test_where_a_reference_has_no_site_its_update_there_is_zero(tmp_path: Path) -> None:
+    target = write_adapter(tmp_path / "target", 1, shapes=SHAPES)
+    source = write_adapter(tmp_path / "source", 2, shapes=FEW)
+    saved = (Adapter.load(target) - Adapter.load(source)).save(tmp_path / "out")
+    t, s, both = updates_of(target), updates_of(source), peft_deltas(saved)
+    assert set(both) == set(SHAPES)
+    assert all(close(both[m], t[m] - s.get(m, 0), 1e-6) for m in SHAPES)
+    again = Divergence.load(saved)
+    assert set(again.source_ref.layout) == set(FEW) and set(again.target_ref.layout) == set(SHAPES)

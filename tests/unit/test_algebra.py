@@ -35,9 +35,55 @@ def lora_sites(draw: Any, *, equal_ranks: bool) -> tuple[Site, Site, Site]:
     return sites[0], sites[1], sites[2]
 
 
-STRATEGIES: dict[str, st.SearchStrategy[tuple[Site, Site, Site]]] = {
+SIXTY_FOURTHS = st.integers(-512, 512).map(lambda n: n / 64)
+"""Numbers whose matrices are not all but singular: what a pseudo-inverse divides by is cut off or well above rounding."""
+
+
+@st.composite
+def same_shapes(draw: Any, shapes: Callable[[int, int], dict[str, tuple[int, ...]]], elements: Any) -> tuple[Site, ...]:
+    """Three sites with tensors of the same shapes, of two sizes."""
+    found = shapes(draw(st.integers(1, 4)), draw(st.integers(1, 6)))
+    return tuple(Site({r: draw(arrays(np.float64, s, elements=elements)) for r, s in found.items()}) for _ in range(3))
+
+
+def bottleneck_shapes(b: int, d: int) -> dict[str, tuple[int, ...]]:
+    return {"down": (b, d), "down_bias": (b,), "up": (d, b), "up_bias": (d,)}
+
+
+def invertible_shapes(c: int, half: int) -> dict[str, tuple[int, ...]]:
+    return {f"{net}.{role}": shape for net in "FG" for role, shape in bottleneck_shapes(c, half).items()}
+
+
+@st.composite
+def sparse_sites(draw: Any) -> tuple[Site, ...]:
+    """Three sparse differences of one weight, their supports drawn apart."""
+    shape = (draw(st.integers(1, 4)), draw(st.integers(1, 5)))
+    sites = []
+    for _ in range(3):
+        support = sorted(draw(st.sets(st.integers(0, shape[0] * shape[1] - 1), min_size=1)))
+        values = draw(arrays(np.float64, len(support), elements=NUMBERS))
+        sites.append(Site({"indices": np.array(support), "values": values, "shape": np.array(shape)}))
+    return tuple(sites)
+
+
+PREFIXES = same_shapes(lambda m, d: {"key": (m, d), "value": (m, d)}, SIXTY_FOURTHS)
+VECTORS = same_shapes(lambda n, _: {"l": (n, 1)}, NUMBERS)
+BOTTLENECKS = same_shapes(bottleneck_shapes, SIXTY_FOURTHS)
+
+STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "lora/factors": lora_sites(equal_ranks=True),
     "lora/product": lora_sites(equal_ranks=False),
+    "lora/cross": lora_sites(equal_ranks=True),
+    "ia3/ratio": VECTORS,
+    "ia3/cross": VECTORS,
+    "prefix/layer": PREFIXES,
+    "prefix/flat": PREFIXES,
+    "prefix/literal": PREFIXES,
+    "prefix/cross": PREFIXES,
+    "bottleneck/inverse": BOTTLENECKS,
+    "bottleneck/cross": BOTTLENECKS,
+    "invertible/difference": same_shapes(invertible_shapes, NUMBERS),
+    "sparse/difference": sparse_sites(),
 }
 """By the family's name: three float64 sites that fit together. A new family needs a line here."""
 
@@ -125,9 +171,19 @@ def test_numpy_and_torch_agree_and_keep_their_own_arrays(rule: Any) -> None:
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("rule", EVERY_FAMILY)
 def test_float32_stays_float32(rule: Any, library: str) -> None:
-    x, y, z = (s.map(lambda t: LIBRARIES[library](t.astype(np.float32))) for s in gaussian_sites(2, 3, 4, (2, 2, 2)))
-    merged = transfer(rule, x, y, z, 0.3)
-    assert {str(t.dtype).removeprefix("torch.") for t in merged.tensors.values()} == {"float32"}
+    def narrow(t: np.ndarray) -> Any:
+        return LIBRARIES[library](t.astype(np.float32) if t.dtype.kind == "f" else t)
+
+    @settings(max_examples=5, deadline=None, derandomize=True, database=None)
+    @given(sites=sites_for(rule))
+    def stays(sites: tuple[Site, Site, Site]) -> None:
+        merged = transfer(rule, *(s.map(narrow) for s in sites), 0.3)
+        kinds = {
+            str(t.dtype).removeprefix("torch.") for r, t in merged.tensors.items() if r not in ("indices", "shape")
+        }
+        assert kinds == {"float32"}
+
+    stays()
 
 
 @pytest.mark.parametrize("rule", EVERY_FAMILY)

@@ -13,7 +13,8 @@ from lingraft.batching import text_sequences
 from lingraft.config import AdapterConfig, BackboneConfig
 from lingraft.errors import AdapterError, BackboneError, UserError
 from lingraft.locating import locate
-from lingraft.training import initial_tensors, train
+from lingraft.structures import fresh
+from lingraft.training import train
 from tests.conftest import save_tiny_model
 
 
@@ -203,7 +204,7 @@ def test_an_adapter_of_another_base_is_refused(tiny: Backbone, tmp_path: Path) -
 def test_an_adapter_that_fits_nowhere_is_refused_and_leaves_no_trace(tiny: Backbone, tmp_path: Path) -> None:
     from peft import LoraConfig
 
-    tensors = initial_tensors(tiny, AdapterConfig(rank=2, modules="q_proj"), 0)
+    tensors = fresh(tiny, AdapterConfig(rank=2, modules="q_proj"), 0)[1]
     wrong = {name.replace("layers.0", "layers.9"): t for name, t in tensors.items()}
     names = [n for n, _ in tiny.model.named_modules()]
     with (
@@ -215,11 +216,11 @@ def test_an_adapter_that_fits_nowhere_is_refused_and_leaves_no_trace(tiny: Backb
 
 
 def test_modules_are_chosen_by_name_and_by_role(tiny: Backbone) -> None:
-    everything = tiny.target_modules(AdapterConfig())
+    everything = tiny.target_modules("all")
     assert len(everything) == 14
-    assert tiny.target_modules(AdapterConfig(modules=("attention.query", "down_proj"))) == [
+    assert tiny.target_modules(("attention.query", "down_proj")) == [
         m for m in everything if m.endswith(("q_proj", "down_proj"))
     ]
     with pytest.raises(UserError, match="q_proy") as caught:
-        tiny.target_modules(AdapterConfig(modules="q_proy"))
+        tiny.target_modules("q_proy")
     assert "q_proj" in (caught.value.remedy or "")

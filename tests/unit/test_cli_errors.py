@@ -202,11 +202,11 @@ def test_a_mistake_is_json_where_json_was_asked_for(here: Path, name: str):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["merge", "--task", "task", "--out", "merged", *REFERENCES],
+        ["merge", "--task", "task", *REFERENCES],
         [*MERGE, *REFERENCES, "--weight", "heavy"],
         [*MERGE, *REFERENCES, "--weight", "1", "--space", "outer"],
         [*MERGE, *REFERENCES, "--weight", "1", "--out-rank", "0"],
-        [*MERGE, *REFERENCES, "--weight", "1", "extra"],
+        [*MERGE, *REFERENCES, "--weight", "1", "--method", "add"],
         [*EVALUATE, *SWAHILI, "--limit", "0"],
         [*EVALUATE, *SWAHILI, "--limit", "-1"],
         [*EVALUATE, "--task", "topics"],

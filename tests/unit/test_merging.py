@@ -12,7 +12,8 @@ import pytest
 from lingraft import Adapter, Divergence
 from lingraft.adapter import AdapterWarning, content_digest
 from lingraft.errors import AdapterError, UserError
-from lingraft.merging import divergence_of, energy_kept, graft, similarity, verify
+from lingraft.layouts.lora import rank_of
+from lingraft.merging import Graft, divergence_of, energy_kept, similarity, verify
 from tests.unit.adapters import (
     FEW,
     PREFIX,
@@ -42,7 +43,9 @@ def merge(folders: Three, out: Path, weight: float = WEIGHT, **how: Any) -> Adap
     """Grafts, saves, and returns the merged adapter that was saved."""
     task, target, source = folders
     divergence, made = divergence_of(target, source)
-    merged, provenance = graft(task, divergence, made["inputs"], weight, **how)
+    graft = Graft(weight, **how)
+    loaded, inputs = Adapter.load(task), {"task": content_digest(task), **made["inputs"]}
+    merged, provenance = graft.onto(loaded, divergence), graft.provenance(loaded, inputs)
     merged.save(out, provenance)
     return merged
 
@@ -130,7 +133,7 @@ def test_an_output_rank_above_the_dimensions_keeps_everything(tmp_path: Path) ->
     narrow = {"model.layers.0.self_attn.q_proj": (4, 5)}
     folders = three(tmp_path, shapes=narrow)
     merged = merge(folders, tmp_path / "out", space="product", out_rank=100)
-    assert merged.layout["model.layers.0.self_attn.q_proj"].rank == 4
+    assert rank_of(merged.layout["model.layers.0.self_attn.q_proj"]) == 4
     assert energy_kept(merged) == {"mean": pytest.approx(1, abs=1e-6), "least": pytest.approx(1, abs=1e-6)}
     for module, expected in formula(folders, "product").items():
         assert close(updates_of(tmp_path / "out")[module], expected, 1e-6)
@@ -339,7 +342,7 @@ def test_a_nan_in_a_reference_is_refused_and_no_folder_appears(tmp_path: Path, s
     before = snapshot(tmp_path)
     with pytest.raises(AdapterError, match="NaN") as caught:
         merge(folders, tmp_path / "out", space=space)
-    assert f"{q}.lora_A" in str(caught.value.where)
+    assert f"{q}.A" in str(caught.value.where)
     assert snapshot(tmp_path) == before
     assert {p.name for p in tmp_path.glob(".*")} <= {".out.partial", ".out.lock"}
 
@@ -391,7 +394,12 @@ def test_equal_or_unknown_starts_do_not_warn(tmp_path: Path, hashes: tuple[str |
 
 def checked(folders: Three, out: Path, space: str, modules: Any = "all", weight: float = WEIGHT) -> float:
     task, target, source = folders
-    return verify(out, task, Adapter.load(target) - Adapter.load(source), weight, space=space, modules=modules)
+    return verified(out, task, Adapter.load(target) - Adapter.load(source), weight, space=space, modules=modules)
+
+
+def verified(out: Path, task: Path, divergence: Divergence, weight: float, **how: Any) -> float:
+    parts = [Adapter.load(task), divergence.target_ref, divergence.source_ref]
+    return verify(out, parts, lambda three: Graft(weight, **how).onto(three[0], three[1] - three[2]))
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -427,7 +435,7 @@ def test_verify_of_a_compressed_merge_is_what_was_cut_off(tmp_path: Path) -> Non
     merged = merge(folders, tmp_path / "out", space="product", out_rank=2)
     exact = formula(folders, "product")
     energies = {m: np.linalg.norm(update) ** 2 for m, update in exact.items()}
-    lost = sum(energies[m] * (1 - merged.energy[m]) for m in FEW) / sum(energies.values())
+    lost = sum(energies[m] * (1 - merged.notes.energy[m]) for m in FEW) / sum(energies.values())
     assert lost > 0.01
     assert checked(folders, tmp_path / "out", "product") == pytest.approx(lost**0.5, rel=1e-4)
 
@@ -437,9 +445,11 @@ def test_verify_accepts_a_saved_divergence(tmp_path: Path) -> None:
     (Adapter.load(target) - Adapter.load(source)).save(tmp_path / "divergence")
     divergence = Divergence.load(tmp_path / "divergence")
     for space in SPACES:
-        merged, provenance = graft(task, divergence, {}, WEIGHT, space=space)
+        graft = Graft(WEIGHT, space=space)
+        loaded = Adapter.load(task)
+        merged, provenance = graft.onto(loaded, divergence), graft.provenance(loaded, {})
         merged.save(tmp_path / space, provenance)
-        assert verify(tmp_path / space, task, divergence, WEIGHT, space=space, modules="all") < 1e-6
+        assert verified(tmp_path / space, task, divergence, WEIGHT, space=space) < 1e-6
 
 
 # Similarity

@@ -22,8 +22,9 @@ from lingraft.batching import (
 )
 from lingraft.config import AdapterConfig, TrainingConfig
 from lingraft.errors import AdapterError, DataError, LingraftError, UserError
+from lingraft.structures import fresh
 from lingraft.tasks.choice import Example
-from lingraft.training import batch_loss, hash_tensors, initial_tensors, learning_rate, train
+from lingraft.training import batch_loss, hash_tensors, learning_rate, train
 
 SMALL = AdapterConfig(rank=2, dropout=0.1)
 EXAMPLES = [
@@ -76,10 +77,10 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(tiny: Backbone, monkeyp
     rng = np.random.default_rng(0)
     chosen = text_sequences([rng.integers(3, 200, size=n).tolist() for n in (300, 280, 120, 30, 20, 10)])
     assert len(micro_batches([len(s.ids) for s in chosen])) > 1
-    tensors = initial_tensors(tiny, SMALL, 0)
+    tensors = fresh(tiny, SMALL, 0)[1]
     for name in tensors:
         tensors[name] = torch.randn_like(tensors[name]) * 0.1
-    modules = tiny.target_modules(SMALL)
+    modules = tiny.target_modules(SMALL.modules)
 
     def gradients() -> list[torch.Tensor]:
         with tiny.attached(LoraConfig(r=2, target_modules=modules), tensors) as model:
@@ -130,19 +131,19 @@ def test_the_schedule_warms_up_and_comes_down() -> None:
 
 
 def test_initial_weights_are_a_function_of_base_configuration_and_seed(tiny: Backbone) -> None:
-    first = hash_tensors(initial_tensors(tiny, SMALL, 0))
+    first = hash_tensors(fresh(tiny, SMALL, 0)[1])
     torch.manual_seed(99)
-    assert hash_tensors(initial_tensors(tiny, SMALL, 0)) == first
-    assert hash_tensors(initial_tensors(tiny, SMALL, 1)) != first
-    assert hash_tensors(initial_tensors(tiny, AdapterConfig(rank=3), 0)) != first
-    assert hash_tensors(initial_tensors(tiny, AdapterConfig(rank=2, modules="q_proj"), 0)) != first
+    assert hash_tensors(fresh(tiny, SMALL, 0)[1]) == first
+    assert hash_tensors(fresh(tiny, SMALL, 1)[1]) != first
+    assert hash_tensors(fresh(tiny, AdapterConfig(rank=3), 0)[1]) != first
+    assert hash_tensors(fresh(tiny, AdapterConfig(rank=2, modules="q_proj"), 0)[1]) != first
 
 
 def test_an_untrained_adapter_is_its_initial_weights_and_does_nothing(tiny: Backbone, tmp_path: Path) -> None:
     train(tiny, text_sequences([[1, 2]]), tmp_path, adapter=SMALL, training=TrainingConfig(epochs=0), seed=4)
     adapter = Adapter.load(tmp_path)
     assert all(not np.any(adapter.site(m).tensors["B"]) for m in adapter.modules)
-    assert adapter.sidecar["init_sha256"] == hash_tensors(initial_tensors(tiny, SMALL, 4))
+    assert adapter.sidecar["init_sha256"] == hash_tensors(fresh(tiny, SMALL, 4)[1])
 
 
 def test_training_learns(tiny: Backbone, tmp_path: Path) -> None:

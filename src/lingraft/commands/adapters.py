@@ -1,19 +1,24 @@
 """`lingraft divergence`, `merge` and `inspect`: arithmetic on adapters, without a base model."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from lingraft import merging
+from lingraft.adapter import Adapter, Divergence, base_digest, content_digest, is_divergence
 from lingraft.commands.watching import stderr
 from lingraft.errors import UserError
+from lingraft.merging import Combination, Graft, divergence_of, similarity
+from lingraft.report.terminal import lines
+from lingraft.store import appearing, write_json
 
 
 def save_divergence(target_ref: Path, source_ref: Path, out: Path, as_json: bool) -> dict[str, Any] | None:
     """`lingraft divergence`."""
-    from lingraft.merging import divergence_of, similarity
-
     found, provenance = divergence_of(target_ref, source_ref)
     alike = similarity(found.target_ref, found.source_ref)
     found.save(out, provenance)
@@ -24,100 +29,174 @@ def save_divergence(target_ref: Path, source_ref: Path, out: Path, as_json: bool
     return None
 
 
+def _named_numbers(texts: Sequence[str], what: str) -> list[tuple[str, float]]:
+    """Reads `NAME=NUMBER`; the last equals sign divides."""
+    found: list[tuple[str, float]] = []
+    for text in texts:
+        name, sign, number = text.rpartition("=")
+        try:
+            found.append((name, float(number)))
+        except ValueError:
+            sign = ""
+        if not sign or not name:
+            raise UserError(f"'{text}' is not {what}=NUMBER", remedy=f"write for example {what.lower()}=0.5")
+    return found
+
+
 def merge_adapters(
-    task: Path,
-    target_ref: Path | None,
-    source_ref: Path | None,
-    divergence_dir: Path | None,
-    weight: float,
-    space: str,
-    modules: str,
-    out_rank: int | None,
-    verify: bool,
-    out: Path,
-    as_json: bool,
+    adapters: Sequence[str], verify: bool, out: Path, as_json: bool, **options: Any
 ) -> dict[str, Any] | None:
     """`lingraft merge`."""
-    from lingraft import merging
-    from lingraft.adapter import Divergence, content_digest
-    from lingraft.store import appearing, write_json
-
-    if divergence_dir is not None and (target_ref or source_ref):
-        raise UserError("give either --divergence or the two references, not both")
-    if divergence_dir is not None:
-        divergence = Divergence.load(divergence_dir)
-        inputs = {"divergence": content_digest(divergence_dir)}
-    elif target_ref is None or source_ref is None:
-        raise UserError("the divergence is missing", remedy="give --target-ref and --source-ref, or --divergence")
-    else:
-        divergence, made = merging.divergence_of(target_ref, source_ref)
-        inputs = made["inputs"]
-    merged, provenance = merging.graft(
-        task, divergence, inputs, weight, space=space, modules=modules, out_rank=out_rank
-    )
-    with appearing(out, {"kind": "merge", **provenance}) as work:
-        merged.write(work, provenance)
-        kept = merging.energy_kept(merged)
-        write_json(work / "extra.json", {"energy_kept": kept})
-    result: dict[str, Any] = {"out": str(out), "energy_kept": kept}
+    combining = options["method"] in merging.COMBINATIONS if options["method"] else bool(adapters)
+    made = _combination(adapters, options) if combining else _graft(adapters, options)
+    merged = made.merge(made.parts)
+    with appearing(out, {"kind": "merge", **made.provenance}) as work:
+        merged.write(work, made.provenance)
+        kept, guarded = merging.energy_kept(merged), merged.notes.guarded
+        write_json(work / "extra.json", {"energy_kept": kept, "guarded": guarded})
+    result: dict[str, Any] = {"out": str(out), "energy_kept": kept, "guarded": sum(guarded.values())}
     if verify:
-        result["relative_error"] = merging.verify(out, task, divergence, weight, space=space, modules=modules)
+        result["relative_error"] = merging.verify(out, made.parts, made.exact)
     if as_json:
         return result
-    said = [f"{out}: λ = {weight:g}, {space} space, {len(merged.layout)} sites"]
+    said = [f"{out}: {made.title}, {len(merged.layout)} sites"]
     if kept:
         said.append(f"energy kept: mean {100 * kept['mean']:.2f} %, least {100 * kept['least']:.2f} %")
+    if guarded:
+        count, places = sum(guarded.values()), len(guarded)
+        said.append(f"guarded: {count} numbers at {places} sites would have been divided by (nearly) nothing")
     if verify:
-        said.append(f"relative error of the weight updates: {result['relative_error']:.2e}")
+        said.append(f"relative error: {result['relative_error']:.2e}")
     stderr().print("\n".join(said), markup=False, highlight=False)
     return None
 
 
+@dataclass(frozen=True)
+class _Made:
+    """A merge as asked for: its parts, how they are merged, with and without compression, and its record."""
+
+    parts: list[Adapter]
+    merge: Callable[[Sequence[Adapter]], Adapter]
+    exact: Callable[[Sequence[Adapter]], Adapter]
+    provenance: dict[str, Any]
+    title: str
+
+
+def _graft(adapters: Sequence[str], options: dict[str, Any]) -> _Made:
+    """A divergence grafted onto a task."""
+    if adapters:
+        raise UserError(
+            f"'{options['method']}' merges --task with references, not ADAPTER=WEIGHT",
+            remedy="give --task, --weight and the references, or --method linear",
+        )
+    absent = [name for name in ("task", "weight") if options[name] is None]
+    if absent:
+        raise UserError("--" + " and --".join(absent) + " missing", remedy="see lingraft merge --help")
+    folder, target, source = options["divergence_dir"], options["target_ref"], options["source_ref"]
+    if folder is not None and (target or source):
+        raise UserError("give either --divergence or the two references, not both")
+    if folder is not None:
+        divergence, inputs = Divergence.load(folder), {"divergence": content_digest(folder)}
+    elif target is None or source is None:
+        raise UserError("the divergence is missing", remedy="give --target-ref and --source-ref, or --divergence")
+    else:
+        divergence = Adapter.load(target) - Adapter.load(source)
+        inputs = {"target_ref": content_digest(target), "source_ref": content_digest(source)}
+    graft = Graft(
+        options["weight"],
+        options["method"] or "transfer",
+        options["space"],
+        options["modules"],
+        _named_numbers(options["rules"], "SITES"),
+        options["out_rank"],
+        {name: options[name] for name in ("floor", "bound", "rcond")},
+    )
+    task = Adapter.load(options["task"])
+    return _Made(
+        [task, divergence.target_ref, divergence.source_ref],
+        lambda parts: graft.onto(parts[0], Divergence(parts[1], parts[2])),
+        lambda parts: replace(graft, out_rank=None).onto(parts[0], Divergence(parts[1], parts[2])),
+        graft.provenance(task, {"task": content_digest(options["task"]), **inputs}),
+        f"{graft.method}, λ = {graft.weight:g}, {graft.space_of(task.structure)}",
+    )
+
+
+def _combination(adapters: Sequence[str], options: dict[str, Any]) -> _Made:
+    """Any number of adapters combined."""
+    strange = [
+        name for name in ("task", "target_ref", "source_ref", "divergence_dir", "weight") if options[name] is not None
+    ]
+    strange += [name for name in ("floor", "bound", "rcond", "rules") if options[name]]
+    if strange:
+        names = ", ".join("--" + n.replace("_dir", "").replace("_", "-").replace("rules", "weight-of") for n in strange)
+        raise UserError(f"{names}: not for combining ADAPTER=WEIGHT", remedy="leave them out, or use --method transfer")
+    given = [(Path(name), weight) for name, weight in _named_numbers(adapters, "ADAPTER")]
+    if not given:
+        raise UserError("there is nothing to combine", remedy="give adapters and weights: runs/a=0.5 runs/b=0.5")
+    combination = Combination(
+        options["method"] or "linear",
+        *(options[name] for name in ("space", "modules", "out_rank", "density", "drop", "seed")),
+    )
+    weights = [weight for _, weight in given]
+    return _Made(
+        [Adapter.load(path) for path, _ in given],
+        lambda parts: combination.of(parts, weights),
+        lambda parts: replace(combination, out_rank=None).of(parts, weights),
+        combination.provenance(given),
+        f"{combination.method} of {len(given)} adapters",
+    )
+
+
 def inspect_folders(folders: Sequence[Path], as_json: bool) -> dict[str, Any] | None:
     """`lingraft inspect`."""
-    from collections import Counter
-
-    from lingraft.adapter import Adapter, Divergence
-    from lingraft.merging import similarity
-    from lingraft.report.terminal import lines
-    from lingraft.store import read_json
-
-    described: list[dict[str, Any]] = []
-    loaded: list[Adapter] = []
-    for folder in folders:
-        sidecar = folder / "lingraft.json"
-        is_divergence = sidecar.is_file() and read_json(sidecar).get("kind") == "divergence"
-        adapter = Divergence.load(folder)._as_adapter() if is_divergence else Adapter.load(folder)
-        loaded.append(adapter)
-        described.append(
-            {
-                "path": str(folder),
-                "kind": "divergence" if is_divergence else "adapter",
-                "family": adapter.structure,
-                "base": adapter.config.get("base_model_name_or_path"),
-                "base_digest": (adapter.sidecar.get("backbone") or {}).get("digest"),
-                "sites": len(adapter.layout),
-                "ranks": dict(sorted(Counter(p.rank for p in adapter.layout.values()).items())),
-                "dtype": str(adapter.dtype),
-                "init_sha256": adapter.sidecar.get("init_sha256"),
-                "norm": similarity(adapter, adapter)["norms"][0],
-                "provenance": adapter.sidecar.get("provenance"),
-            }
-        )
-    alike = similarity(loaded[0], loaded[1]) if len(loaded) == 2 else None
+    loaded = [_as_adapter(folder) for folder in folders]
+    described = [_described(folder, *found) for folder, found in zip(folders, loaded, strict=True)]
+    alike = similarity(loaded[0][0], loaded[1][0]) if len(loaded) == 2 else None
     if as_json:
         return {"adapters": described, "similarity": alike}
     console = Console()
     for entry in described:
-        lines(
-            ["", entry["path"]],
-            [[k, str(v)] for k, v in entry.items() if k != "path" and v is not None],
-            console,
-        )
+        shown = [[k, str(v)] for k, v in entry.items() if k not in ("path", "norm_by_layer") and v is not None]
+        lines(["", entry["path"]], shown, console)
     if alike:
-        rows = [
-            [layer, "–" if c is None else f"{c:.3f}"]
-            for layer, c in {"all": alike["cosine"], **alike["by_layer"]}.items()
+        head = ["layer", "cosine", "norm", "norm"]
+        rows = [["all", _cosine(alike["cosine"]), *(f"{n:.4g}" for n in alike["norms"])]]
+        rows += [
+            [layer, _cosine(c), *(f"{n:.4g}" for n in alike["norms_by_layer"][layer])]
+            for layer, c in alike["by_layer"].items()
         ]
-        lines(["layer", "cosine"], rows, console)
+        lines(head, rows, console)
+    else:
+        for entry in described:
+            lines(["layer", "norm"], [[layer, f"{n:.4g}"] for layer, n in entry["norm_by_layer"].items()], console)
     return None
+
+
+def _cosine(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _as_adapter(folder: Path) -> tuple[Adapter, bool]:
+    """An adapter, or a divergence as what it does to the model."""
+    if not is_divergence(folder):
+        return Adapter.load(folder), False
+    return Divergence.load(folder).as_adapter(), True
+
+
+def _described(folder: Path, adapter: Adapter, diverges: bool) -> dict[str, Any]:
+    sizes = Counter(size for place in adapter.layout.values() if (size := adapter.files.size(place)) is not None)
+    own = similarity(adapter, adapter)
+    return {
+        "path": str(folder),
+        "kind": "divergence" if diverges else "adapter",
+        "family": adapter.structure,
+        "base": adapter.config.get("base_model_name_or_path"),
+        "base_digest": base_digest(adapter),
+        "sites": len(adapter.layout),
+        "ranks": dict(sorted(sizes.items())) or None,
+        "dtype": str(adapter.dtype),
+        "init_sha256": adapter.sidecar.get("init_sha256"),
+        "norm": own["norms"][0],
+        "norm_by_layer": {layer: norms[0] for layer, norms in own["norms_by_layer"].items()},
+        "provenance": adapter.sidecar.get("provenance"),
+    }

@@ -67,6 +67,7 @@ def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options:
     from lingraft.tasks.sources import read_lines
     from lingraft.tasks.table import choice_task
 
+    overrides = [f"adapter.family={options['adapter']}", *overrides]
     groups = _groups(overrides, {"adapter": AdapterConfig, "training": TrainingConfig, "reference": ReferenceConfig})
     adapter, values = groups["adapter"], groups["training"]
     data_dir, language = bundled_or(options["data_dir"]), options["language"]

@@ -7,7 +7,7 @@ from lingraft.config import ReferenceConfig
 from lingraft.errors import DataError, UserError
 from lingraft.languages import LANGUAGES
 from lingraft.tasks.choice import bundled_or
-from lingraft.tasks.sources import BUNDLED
+from lingraft.tasks.sources import BUNDLED, read_lines
 
 
 def reference_path(config: ReferenceConfig, language: str, data_dir: str | Path | None) -> Path:
@@ -45,6 +45,11 @@ def text_path(pattern: str, language: str, data_dir: Path) -> Path:
             remedy=f"put a text file there, one paragraph a line; text is here for: {', '.join(here) or 'no language'}",
         )
     return path
+
+
+def bundled_text(language: str) -> str:
+    """The bundled running text of a language: the Universal Declaration of Human Rights."""
+    return "\n".join(read_lines(text_path("udhr/{language}.txt", language, BUNDLED)))
 
 
 def segments(

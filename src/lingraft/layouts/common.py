@@ -1,0 +1,259 @@
+"""What all adapter folders in PEFT's layout share: their files, the shape of a site, and what is refused."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from lingraft.algebra import Site
+from lingraft.errors import AdapterError, StoreError
+from lingraft.store import read_json
+from lingraft.tensors import Spec, TensorFile
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+SIDECAR = "lingraft.json"
+PREFIX = "base_model.model."
+
+Config = Mapping[str, Any]
+Values = Iterator[np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One site's shape.
+
+    Attributes:
+        shapes: The shape of every tensor, by role.
+        scaling: The factor the model applies to the site's action.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    scaling: float = 1.0
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An adapter's tensors, opened: what there is, and how to read a site.
+
+    Attributes:
+        layout: The shape of every site, by module path, in order.
+        read: Reads one site, in the types of the file.
+        others: Names of tensors that belong to no site: a head.
+    """
+
+    layout: dict[str, Place]
+    read: Callable[[str], Site]
+    others: tuple[str, ...]
+
+
+class Layout(Protocol):
+    """How adapters of one structure are laid out in PEFT's folders."""
+
+    @property
+    def structure(self) -> str:
+        """The structure's name in lingraft."""
+        ...
+
+    @property
+    def peft_type(self) -> str:
+        """The structure's name in `adapter_config.json`."""
+        ...
+
+    def check(self, config: Config, where: Path) -> None:
+        """Refuses a configuration of which a merge would drop a part in silence."""
+        ...
+
+    def open(self, config: Config, tensors: TensorFile) -> Opened:
+        """Finds the sites of a tensor file."""
+        ...
+
+    def encode(
+        self, layout: Mapping[str, Place], read: Callable[[str], Site], dtype: np.dtype[Any]
+    ) -> tuple[list[Spec], Values]:
+        """The file's tensors, announced and then one at a time."""
+        ...
+
+    def config_for(self, config: Config, layout: Mapping[str, Place]) -> dict[str, Any]:
+        """PEFT's configuration for sites of these shapes."""
+        ...
+
+    def kind(self, config: Config) -> dict[str, Any]:
+        """What must be equal in two adapters before their numbers can be compared, besides the shapes."""
+        ...
+
+    def size(self, place: Place) -> int | None:
+        """A site's rank, bottleneck or number of virtual tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class RoleLayout:
+    """The layout of structures that have one tensor a role, named `<module>.<suffix>`: every such structure is a row.
+
+    Attributes:
+        structure: The structure's name in lingraft.
+        peft_type: The structure's name in `adapter_config.json`.
+        marker: What all tensor names contain; a name with it that is not one of ours is refused.
+        suffixes: By role, how the tensor's name ends.
+        place: From a module's name, its tensors' shapes and the configuration to its place; raises ValueError for shapes
+            that do not fit together.
+        sized: The role and axis that give a site's size, where it has one.
+        alike: Fields of the configuration that must be equal, with PEFT's defaults.
+        configured: Changes to the configuration for sites of these shapes.
+        refused: From the configuration, what a merge would drop in silence, by name.
+    """
+
+    structure: str
+    peft_type: str
+    marker: str
+    suffixes: Mapping[str, str]
+    place: Callable[[str, Mapping[str, tuple[int, ...]], Config], Place]
+    sized: tuple[str, int] | None = None
+    alike: Mapping[str, Any] = field(default_factory=dict)
+    configured: Callable[[Mapping[str, Place]], dict[str, Any]] = lambda layout: {}
+    refused: Callable[[Config], Mapping[str, Any]] = lambda config: {}
+
+    def check(self, config: Config, where: Path) -> None:
+        """See `Layout.check`."""
+        names = [name for name, present in self.refused(config).items() if present]
+        if names:
+            raise AdapterError(
+                f"this adapter does more than plain {self.peft_type}: " + "; ".join(names),
+                where=where,
+                remedy="train it without that: a merge would silently drop it",
+            )
+
+    def open(self, config: Config, tensors: TensorFile) -> Opened:
+        """See `Layout.open`.
+
+        Raises:
+            AdapterError: A tensor is of another variant, a site lacks one, or shapes do not fit together.
+        """
+        names, others = self._find(tensors)
+        layout: dict[str, Place] = {}
+        for module, found in names.items():
+            shapes = {role: tensors.shape(name) for role, name in found.items()}
+            if any(0 in shape for shape in shapes.values()):
+                raise AdapterError(f"{module} has an empty tensor: {shapes}", where=tensors.path)
+            try:
+                layout[module] = self.place(module, shapes, config)
+            except ValueError as error:
+                raise AdapterError(f"{module}: {error}", where=tensors.path) from None
+
+        def read(module: str) -> Site:
+            return Site({role: tensors.read(n) for role, n in names[module].items()}, layout[module].scaling)
+
+        return Opened(layout, read, others)
+
+    def _find(self, tensors: TensorFile) -> tuple[dict[str, dict[str, str]], tuple[str, ...]]:
+        """Tensor names by module and role, and the names that belong to no site."""
+        found: dict[str, dict[str, str]] = {}
+        others: list[str] = []
+        for name in tensors.names:
+            path = name.removeprefix(PREFIX)
+            role = next((r for r, suffix in self.suffixes.items() if path.endswith("." + suffix)), None)
+            if role is not None:
+                found.setdefault(path.removesuffix("." + self.suffixes[role]), {})[role] = name
+            elif self.marker in name:
+                raise AdapterError(f"tensor '{name}' is of a variant that cannot be merged", where=tensors.path)
+            else:
+                others.append(name)
+        if not found:
+            raise AdapterError(f"this file has no tensors named …{self.marker}…", where=tensors.path)
+        for module, names in found.items():
+            if absent := [suffix for role, suffix in self.suffixes.items() if role not in names]:
+                raise AdapterError(f"{module} lacks {', '.join(absent)}", where=tensors.path)
+        return {m: {role: found[m][role] for role in self.suffixes} for m in sorted(found)}, tuple(others)
+
+    def encode(
+        self, layout: Mapping[str, Place], read: Callable[[str], Site], dtype: np.dtype[Any]
+    ) -> tuple[list[Spec], Values]:
+        """See `Layout.encode`."""
+        specs: list[Spec] = [
+            (f"{PREFIX}{module}.{self.suffixes[role]}", shape, dtype)
+            for module, place in layout.items()
+            for role, shape in place.shapes.items()
+        ]
+
+        def values() -> Values:
+            for module, place in layout.items():
+                site = read(module)
+                for role in place.shapes:
+                    yield site.tensors[role]
+
+        return specs, values()
+
+    def config_for(self, config: Config, layout: Mapping[str, Place]) -> dict[str, Any]:
+        """See `Layout.config_for`."""
+        return {**config, **self.configured(layout), "inference_mode": True}
+
+    def kind(self, config: Config) -> dict[str, Any]:
+        """See `Layout.kind`."""
+        return {name: config.get(name, default) for name, default in self.alike.items()}
+
+    def size(self, place: Place) -> int | None:
+        """See `Layout.size`."""
+        return None if self.sized is None else place.shapes[self.sized[0]][self.sized[1]]
+
+
+def check_folder(folder: Path) -> None:
+    """Makes sure that a folder holds an adapter in safetensors.
+
+    Raises:
+        AdapterError: It does not; a pickle is refused with the command that converts it.
+    """
+    if not folder.is_dir():
+        raise AdapterError("there is no such adapter folder", where=folder, remedy="check the path")
+    if not (folder / CONFIG).is_file():
+        raise AdapterError(f"this folder has no {CONFIG}", where=folder, remedy="give the folder of a PEFT adapter")
+    if not (folder / WEIGHTS).is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise AdapterError(
+                "this adapter is a pickle (adapter_model.bin), which can run code when it is opened",
+                where=folder,
+                remedy='where you trust it, convert it: python -c "import sys, torch; from safetensors.torch import save_file; '
+                "d = sys.argv[1]; save_file(torch.load(d + '/adapter_model.bin', weights_only=True), "
+                f"d + '/{WEIGHTS}')\" {folder}",
+            )
+        raise AdapterError(f"this folder has no {WEIGHTS}", where=folder, remedy="give the folder of a PEFT adapter")
+
+
+def _read(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except (StoreError, RecursionError) as error:
+        # The store's remedy is for what lingraft can make again; an adapter may be the only copy.
+        what = error.what if isinstance(error, StoreError) else "this file is nested too deeply"
+        remedy = "get the file from where the adapter came from"
+        raise AdapterError(what, where=path, remedy=remedy) from None
+
+
+def read_sidecar(folder: Path) -> dict[str, Any] | None:
+    """What lingraft noted beside an adapter; None beside one made elsewhere.
+
+    Raises:
+        AdapterError: The note is damaged.
+    """
+    if not (folder / SIDECAR).is_file():
+        return None
+    found = _read(folder / SIDECAR)
+    if not isinstance(found, dict) or not isinstance(found.get("backbone") or {}, dict):
+        raise AdapterError(
+            "this file is not lingraft's", where=folder / SIDECAR, remedy="delete it: only the provenance is lost"
+        )
+    return found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """PEFT's configuration.
+
+    Raises:
+        AdapterError: It is damaged.
+    """
+    config = _read(folder / CONFIG)
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise AdapterError("this is not an adapter's configuration", where=folder / CONFIG)
+    return config
