@@ -76,6 +76,7 @@ class Adapter:
         read: Reads one site.
         others: Tensors that belong to no site (a head), by their full name; a merge takes the task adapter's.
         notes: For a merge, what showed while it was computed.
+        parts: For a merge, the adapters it is made of.
         path: The folder it was read from.
     """
 
@@ -87,6 +88,7 @@ class Adapter:
     read: Callable[[str], Site] = field(repr=False)
     others: Mapping[str, Callable[[], np.ndarray[Any, Any]]] = field(default_factory=dict, repr=False)
     notes: Notes = field(default_factory=Notes, repr=False)
+    parts: "tuple[Adapter, ...]" = field(default=(), repr=False)
     path: Path | None = None
 
     @classmethod
@@ -121,7 +123,7 @@ class Adapter:
         Raises:
             AdapterError: A number is NaN or infinite.
         """
-        site = self.read(module).map(_wide)
+        site = self.unchecked(module)
         for role, tensor in site.tensors.items():
             if not finite(tensor):
                 raise AdapterError(
@@ -130,6 +132,10 @@ class Adapter:
                     remedy="train the adapter again with a lower learning rate, or get it from where it came from",
                 )
         return site
+
+    def unchecked(self, module: str) -> Site:
+        """As `site`, for arithmetic through which NaN and infinity come to light in the result."""
+        return self.read(module).map(_wide)
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
         """The sites' tensors by PEFT's names, in float32, one at a time."""
@@ -169,13 +175,15 @@ class Adapter:
 
         def values() -> Iterator[np.ndarray[Any, Any]]:
             for (name, _, dtype), value in zip(specs, encoded, strict=True):
-                with np.errstate(over="ignore"):  # Rounding may overflow float16: the check below says so.
-                    rounded = np.asarray(value, dtype=dtype)
+                rounded = value if value.dtype == dtype else _rounded(value, dtype)
                 if not finite(rounded):
+                    for part in self.parts:  # Was it there before the merge? Then that is what to say.
+                        for module in part.layout:
+                            part.site(module)
                     raise AdapterError(
                         f"a value is NaN or infinite in {dtype}",
                         where=f"{self.path}: {name}" if self.path else name,
-                        remedy="look for NaN and very large values in the adapters it is made of",
+                        remedy="merge with a smaller weight, or adapters of a wider type",
                     )
                 yield rounded
             for name, value in rest.items():
@@ -194,10 +202,15 @@ def _wide(tensor: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return tensor if tensor.dtype == np.float64 or tensor.dtype.kind == "i" else np.asarray(tensor, dtype=np.float32)
 
 
-def part_of(adapter: Adapter, module: str, shape: tuple[int, int]) -> Site:
+def _rounded(value: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    with np.errstate(over="ignore"):  # float16 may overflow: what comes of it is refused.
+        return value.astype(dtype)
+
+
+def part_of(adapter: Adapter, module: str, shape: tuple[int, int], *, checked: bool = False) -> Site:
     """A LoRA adapter's site, of rank 0 where it has none: an adapter without the site adds nothing there."""
     if module in adapter.layout:
-        return adapter.site(module)
+        return adapter.site(module) if checked else adapter.unchecked(module)
     return Site({"A": np.zeros((0, shape[1]), np.float32), "B": np.zeros((shape[0], 0), np.float32)})
 
 
@@ -206,14 +219,18 @@ def merged_sidecar(first: Adapter) -> dict[str, Any]:
     return {k: v for k, v in first.sidecar.items() if k in ("format", "kind", "backbone", "family")}
 
 
-def rebuilt(first: Adapter, layout: Mapping[str, Place], read: Callable[[str], Site], notes: Notes) -> Adapter:
+def rebuilt(
+    parts: Sequence[Adapter], layout: Mapping[str, Place], read: Callable[[str], Site], notes: Notes
+) -> Adapter:
     """An adapter computed from others: the first one's configuration, type and head, new sites."""
+    first = parts[0]
     config = first.config
     if set(layout) - set(first.layout):
         config = {**config, "target_modules": sorted(layout)}
     order = [*first.layout, *sorted(set(layout) - set(first.layout))]
     ordered = {module: layout[module] for module in order}
-    return Adapter(first.structure, config, ordered, first.dtype, merged_sidecar(first), read, first.others, notes)
+    sidecar = merged_sidecar(first)
+    return Adapter(first.structure, config, ordered, first.dtype, sidecar, read, first.others, notes, tuple(parts))
 
 
 @dataclass(frozen=True)
@@ -424,6 +441,9 @@ def _transferred(
             rank = sum(rank_of(a.layout[module]) for a in parts if module in a.layout)
             layout[module] = lora_place(*shapes[module], kept_rank(rank, shapes[module], out_rank), 1.0)
 
+    # Guards would hide an infinity; sums do not, and the result is looked at anyway.
+    look = Adapter.unchecked if rule.name == "lora/factors" else Adapter.site
+
     @cache
     def one_for_all() -> Site:
         return rule.difference(_whole(target), _whole(source))
@@ -433,7 +453,7 @@ def _transferred(
             return task.read(module)
         if isinstance(rule, PrefixFlat):
             return rule.apply(task.site(module), rule.scale(one_for_all(), weights[module]))
-        t, r_t, r_s = (part_of(a, module, shapes[module]) if exact else a.site(module) for a in parts)
+        t, r_t, r_s = (part_of(a, module, shapes[module]) if exact else look(a, module) for a in parts)
         if changed := rule.guarded(r_t, r_s):
             notes.guarded[module] = changed
         site = transfer(rule, t, r_t, r_s, weights[module])
@@ -442,7 +462,7 @@ def _transferred(
         site, notes.energy[module] = compress(site, out_rank)
         return site
 
-    return rebuilt(task, layout, read, notes)
+    return rebuilt(parts, layout, read, notes)
 
 
 def _whole(adapter: Adapter) -> Site:

@@ -170,7 +170,7 @@ def arimerge(
             return combining.linear(task.structure, [task.site(module), target.site(module)], [w, 1 - w])
         return analogies[task.structure](task.site(module), target.site(module), source.site(module), w)
 
-    return rebuilt(task, task.layout, read, Notes())
+    return rebuilt((task, target, source), task.layout, read, Notes())
 
 
 @dataclass(frozen=True)
@@ -222,14 +222,17 @@ class Combination:
         def read(module: str) -> Site:
             if module not in sites:
                 return first.read(module)
-            parts = [part_of(a, module, shapes[module]) if stacking else a.site(module) for a in adapters]
+            parts = [
+                part_of(a, module, shapes[module], checked=self.method == "knots") if stacking else a.site(module)
+                for a in adapters
+            ]
             site = arithmetic(module, parts, weights)
             if self.out_rank is None:
                 return site
             site, notes.energy[module] = lora.compress(site, self.out_rank)
             return site
 
-        return rebuilt(first, layout, read, notes)
+        return rebuilt(adapters, layout, read, notes)
 
     def _check(self, adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
         if self.method not in COMBINATIONS:

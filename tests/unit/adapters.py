@@ -172,3 +172,147 @@ def close(x: Any, y: Any, relative: float) -> bool:
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     assert x.shape == y.shape
     return bool(np.linalg.norm(x - y) <= relative * np.linalg.norm(y))
+
+
+# Adapters of other structures
+
+
+OTHERS = ("ia3", "prefix", "bottleneck", "invertible", "sparse")
+"""The structures besides LoRA."""
+STRUCTURES = ("lora", *OTHERS)
+TYPES = {
+    "ia3": "IA3",
+    "prefix": "PREFIX_TUNING",
+    "bottleneck": "BOTTLENECK",
+    "invertible": "INVERTIBLE",
+    "sparse": "SPARSE",
+}
+
+
+def write_structure(
+    folder: Path,
+    structure: str,
+    seed: int,
+    *,
+    shapes: Mapping[str, tuple[int, int]] = SHAPES,
+    size: int = 4,
+    spread: float = 0.3,
+    dtype: Any = np.float32,
+    others: Mapping[str, np.ndarray] | None = None,
+    sidecar: Mapping[str, Any] | None = None,
+    **config: Any,
+) -> Path:
+    """Writes a random adapter of any structure for a Llama whose linear layers have these shapes.
+
+    Args:
+        folder: Where to.
+        structure: One of `STRUCTURES`.
+        seed: Draws the numbers.
+        shapes: Out × in of the linear layers.
+        size: The rank, the number of virtual tokens, the width of a bottleneck, or how many entries differ in a weight.
+        spread: The standard deviation; around 1 for (IA)³.
+        dtype: The type on disk.
+        others: Further tensors, such as a head.
+        sidecar: What lingraft noted.
+        **config: Changes to PEFT's configuration.
+    """
+    if structure == "lora":
+        return write_adapter(
+            folder,
+            seed,
+            shapes=shapes,
+            rank=size,
+            alpha=config.pop("lora_alpha", 4),
+            dtype=dtype,
+            others=others,
+            sidecar=sidecar,
+            **config,
+        )
+    random = np.random.default_rng(seed)
+
+    def drawn(*shape: int) -> np.ndarray:
+        return random.normal(0, spread, size=shape).astype(dtype)
+
+    tensors, made = _MAKERS[structure](shapes, size, drawn, random)
+    values = {
+        "peft_type": TYPES[structure],
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        **made,
+        **config,
+    }
+    write_folder(folder, {**tensors, **(others or {})}, values)
+    if sidecar is not None:
+        note = {"format": 1, "kind": "adapter", "family": structure, **sidecar}
+        (folder / "lingraft.json").write_text(json.dumps(note))
+    return folder
+
+
+Made = tuple[dict[str, np.ndarray], dict[str, Any]]
+
+
+def _ia3(shapes: Mapping[str, tuple[int, int]], size: int, drawn: Any, random: Any) -> Made:
+    tensors = {}
+    for module, (out, inner) in shapes.items():
+        if module.endswith(("k_proj", "v_proj", "down_proj")):
+            l = drawn(1, inner) if module.endswith("down_proj") else drawn(out, 1)  # noqa: E741
+            tensors[f"{PREFIX}{module}.ia3_l"] = (1 + l).astype(l.dtype)
+    return tensors, {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+
+
+def _prefix(shapes: Mapping[str, tuple[int, int]], size: int, drawn: Any, random: Any) -> Made:
+    layers = 1 + max(int(module.split(".")[2]) for module in shapes)
+    width = next(out for module, (out, _) in shapes.items() if module.endswith("k_proj"))
+    made = {
+        "num_virtual_tokens": size,
+        "num_layers": layers,
+        "token_dim": width,
+        "num_attention_heads": 2,
+        "num_transformer_submodules": 1,
+    }
+    return {"prompt_embeddings": drawn(size, layers * 2 * width)}, made
+
+
+def _bottleneck(shapes: Mapping[str, tuple[int, int]], size: int, drawn: Any, random: Any) -> Made:
+    tensors = {}
+    for module, (out, _) in shapes.items():
+        if module.endswith("down_proj"):
+            tensors[f"{PREFIX}{module}.bottleneck_down.weight"] = drawn(size, out)
+            tensors[f"{PREFIX}{module}.bottleneck_down.bias"] = drawn(size)
+            tensors[f"{PREFIX}{module}.bottleneck_up.weight"] = drawn(out, size)
+            tensors[f"{PREFIX}{module}.bottleneck_up.bias"] = drawn(out)
+    return tensors, {"target_modules": ["down_proj"], "bottleneck_size": size, "activation": "relu"}
+
+
+def _invertible(shapes: Mapping[str, tuple[int, int]], size: int, drawn: Any, random: Any) -> Made:
+    half = next(inner for module, (_, inner) in shapes.items() if module.endswith("q_proj")) // 2
+    tensors = {}
+    for net in "FG":
+        name = f"{PREFIX}model.embed_tokens.invertible_{net}"
+        tensors[f"{name}_down.weight"], tensors[f"{name}_down.bias"] = drawn(size, half), drawn(size)
+        tensors[f"{name}_up.weight"], tensors[f"{name}_up.bias"] = drawn(half, size), drawn(half)
+    return tensors, {"target_modules": ["embed_tokens"], "activation": "relu"}
+
+
+def _sparse(shapes: Mapping[str, tuple[int, int]], size: int, drawn: Any, random: Any) -> Made:
+    tensors = {}
+    for module, (out, inner) in shapes.items():
+        chosen = np.sort(random.choice(out * inner, size=size, replace=False)).astype(np.int64)
+        tensors[f"{PREFIX}{module}.sparse_indices"] = chosen
+        tensors[f"{PREFIX}{module}.sparse_values"] = drawn(size)
+        tensors[f"{PREFIX}{module}.sparse_shape"] = np.array([out, inner], np.int64)
+    return tensors, {"target_modules": sorted(shapes)}
+
+
+_MAKERS = {
+    "ia3": _ia3,
+    "prefix": _prefix,
+    "bottleneck": _bottleneck,
+    "invertible": _invertible,
+    "sparse": _sparse,
+}
+
+
+def numbers_of(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of a folder by name, floats in float64."""
+    return {name: (t.double() if t.is_floating_point() else t).numpy() for name, t in tensors_of(folder).items()}

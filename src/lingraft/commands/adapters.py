@@ -6,14 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+import click
 
 from lingraft import merging
 from lingraft.adapter import Adapter, Divergence, base_digest, content_digest, is_divergence
-from lingraft.commands.watching import stderr
 from lingraft.errors import UserError
 from lingraft.merging import Combination, Graft, divergence_of, similarity
-from lingraft.report.terminal import lines
 from lingraft.store import appearing, write_json
 
 
@@ -25,7 +23,7 @@ def save_divergence(target_ref: Path, source_ref: Path, out: Path, as_json: bool
     if as_json:
         return {"out": str(out), "cosine": alike["cosine"], "norms": alike["norms"]}
     cosine = "undefined (one of them is zero)" if alike["cosine"] is None else f"{alike['cosine']:.3f}"
-    stderr().print(f"{out}: cosine of the two updates {cosine}", markup=False, highlight=False)
+    click.echo(f"{out}: cosine of the two updates {cosine}", err=True)
     return None
 
 
@@ -64,10 +62,10 @@ def merge_adapters(
         said.append(f"energy kept: mean {100 * kept['mean']:.2f} %, least {100 * kept['least']:.2f} %")
     if guarded:
         count, places = sum(guarded.values()), len(guarded)
-        said.append(f"guarded: {count} numbers at {places} sites would have been divided by (nearly) nothing")
+        said.append(f"guarded: {count} numbers at {places} sites, too near nothing to divide by or out of bounds")
     if verify:
         said.append(f"relative error: {result['relative_error']:.2e}")
-    stderr().print("\n".join(said), markup=False, highlight=False)
+    click.echo("\n".join(said), err=True)
     return None
 
 
@@ -149,6 +147,10 @@ def _combination(adapters: Sequence[str], options: dict[str, Any]) -> _Made:
 
 def inspect_folders(folders: Sequence[Path], as_json: bool) -> dict[str, Any] | None:
     """`lingraft inspect`."""
+    from rich.console import Console  # A merge starts without it.
+
+    from lingraft.report.terminal import lines
+
     loaded = [_as_adapter(folder) for folder in folders]
     described = [_described(folder, *found) for folder, found in zip(folders, loaded, strict=True)]
     alike = similarity(loaded[0][0], loaded[1][0]) if len(loaded) == 2 else None
