@@ -13,19 +13,25 @@ __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
     from lingraft.adapter import Adapter as Adapter
-    from lingraft.adapter import Divergence as Divergence
     from lingraft.algebra import transfer as transfer
     from lingraft.backbones import Backbone as Backbone
     from lingraft.config import load_experiment as load_experiment
+    from lingraft.divergence import Divergence as Divergence
     from lingraft.evaluation import evaluate as evaluate
+    from lingraft.live import grafted as grafted
+    from lingraft.merging import Combination as Combination
+    from lingraft.merging import Graft as Graft
     from lingraft.runner import run as run
     from lingraft.training import train as train
 
 _HOMES = {
     "Adapter": "adapter",
     "Backbone": "backbones",
-    "Divergence": "adapter",
+    "Combination": "merging",
+    "Divergence": "divergence",
+    "Graft": "merging",
     "evaluate": "evaluation",
+    "grafted": "live",
     "load_experiment": "config",
     "run": "runner",
     "train": "training",
@@ -35,9 +41,12 @@ _HOMES = {
 __all__ = [
     "Adapter",
     "Backbone",
+    "Combination",
     "Divergence",
+    "Graft",
     "__version__",
     "evaluate",
+    "grafted",
     "load_experiment",
     "run",
     "train",

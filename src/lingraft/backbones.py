@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lingraft import roles
-from lingraft.adapter import Adapter, base_digest
+from lingraft.adapter import Adapter
 from lingraft.errors import AdapterError, BackboneError, MissingExtra, UserError
+from lingraft.fitting import base_digest
 from lingraft.layouts.prefix import TENSOR
 from lingraft.locating import Located, materialise
 

@@ -45,12 +45,13 @@ class Session:
     def backbone(self) -> "Backbone":
         """The loaded base model."""
         from lingraft.backbones import Backbone
+        from lingraft.structures import fresh, sites
 
         self.progress(0, 0, "loading the base model")
         loaded = Backbone(self.located)
         # A module that does not exist is said now, not after an hour of training.
-        if self.experiment.adapter.family == "lora":
-            roles.select(loaded.target_modules(self.experiment.adapter.modules), self.experiment.merge.modules)
+        made, _ = fresh(loaded, self.experiment.adapter, 0)
+        roles.select(sites(made), self.experiment.merge.modules)
         return loaded
 
     @cached_property

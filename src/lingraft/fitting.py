@@ -5,10 +5,13 @@ from typing import Any, Protocol
 
 from lingraft.errors import AdapterError
 from lingraft.layouts import LAYOUTS
-from lingraft.layouts.common import Place
+from lingraft.layouts.common import Place, shown
 from lingraft.layouts.lora import rank_of, weight_shape
 
 SHOWN = 8
+_WIDE = {"bottleneck": "down", "prefix": "key"}
+"""Structures that may grow when they are concatenated, and the tensor (size × width) whose width must be equal."""
+_REMEDY = "give adapters of one base model, trained with equal settings; lingraft inspect shows what they are"
 
 
 class Described(Protocol):
@@ -40,7 +43,7 @@ def base_digest(adapter: Described) -> str | None:
     return (adapter.sidecar.get("backbone") or {}).get("digest")
 
 
-def check_fit(named: Mapping[str, Described], sites: Iterable[str], *, any_rank: bool) -> None:
+def check_fit(named: Mapping[str, Described], sites: Iterable[str], *, any_rank: bool, any_size: bool = False) -> None:
     """Makes sure that adapters can be combined.
 
     Args:
@@ -48,13 +51,14 @@ def check_fit(named: Mapping[str, Described], sites: Iterable[str], *, any_rank:
         sites: The sites to be combined.
         any_rank: Only the weights that LoRA adapters add to must have equal shapes, and an adapter without a site adds
             nothing there; else every tensor must, and every adapter must have every site.
+        any_size: Bottlenecks and prefixes may have any number of units, but must have equal widths.
 
     Raises:
         AdapterError: They do not fit; all mismatches are listed.
     """
     (first_name, first), *others = named.items()
     if structures := _differing({who: a.structure for who, a in named.items()}):
-        raise AdapterError(f"the adapters have different structures: {structures}")
+        raise AdapterError(f"the adapters have different structures: {structures}", remedy=_REMEDY)
     problems: list[str] = []
     if bases := _differing({who: base_digest(a) for who, a in named.items()}):
         problems.append(f"they belong to different base models: {bases}")
@@ -63,7 +67,7 @@ def check_fit(named: Mapping[str, Described], sites: Iterable[str], *, any_rank:
     for who, other in others:
         theirs = rules.kind(other.config)
         problems += [
-            f"{key}: {mine[key]} in the {first_name}, {theirs[key]} in the {who}"
+            f"{key}: {shown(mine[key])} in the {first_name}, {shown(theirs[key])} in the {who}"
             for key in mine
             if mine[key] != theirs[key]
         ]
@@ -75,10 +79,10 @@ def check_fit(named: Mapping[str, Described], sites: Iterable[str], *, any_rank:
                 problems.append(f"the {who} lacks {len(absent)} sites, first {absent[0]}")
     for module in chosen:
         having = {who: a.layout[module] for who, a in named.items() if module in a.layout}
-        problems += _unequal(module, having, first.structure, any_rank)
+        problems += _unequal(module, having, first.structure, any_rank, any_size)
     if problems:
-        shown = problems[:SHOWN] + ([f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else [])
-        raise AdapterError("the adapters do not fit together:\n  - " + "\n  - ".join(shown))
+        said = problems[:SHOWN] + ([f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else [])
+        raise AdapterError("the adapters do not fit together:\n  - " + "\n  - ".join(said), remedy=_REMEDY)
 
 
 def _differing(values: Mapping[str, str | None]) -> str | None:
@@ -87,7 +91,7 @@ def _differing(values: Mapping[str, str | None]) -> str | None:
     return ", ".join(f"{who} {value[:24]}" for who, value in known.items()) if len(set(known.values())) > 1 else None
 
 
-def _unequal(module: str, places: Mapping[str, Place], structure: str, any_rank: bool) -> list[str]:
+def _unequal(module: str, places: Mapping[str, Place], structure: str, any_rank: bool, any_size: bool) -> list[str]:
     (first_name, first), *others = places.items()
     found: list[str] = []
     for who, other in others:
@@ -103,6 +107,8 @@ def _unequal(module: str, places: Mapping[str, Place], structure: str, any_rank:
         elif (
             structure == "sparse"
         ):  # Supports differ; the shapes of the weights are tensors, compared when they are read.
+            continue
+        elif any_size and structure in _WIDE and first.shapes[_WIDE[structure]][1] == other.shapes[_WIDE[structure]][1]:
             continue
         elif first.shapes != other.shapes:
             roles = [r for r in first.shapes if first.shapes[r] != other.shapes.get(r)]

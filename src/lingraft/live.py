@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from lingraft.adapter import Adapter, Divergence
+from lingraft.adapter import Adapter
 from lingraft.backbones import Backbone
+from lingraft.divergence import Divergence
 from lingraft.errors import AdapterError
 from lingraft.merging import Graft
 
@@ -58,6 +59,7 @@ class LiveGraft:
             strange = sorted(set(parameters) ^ set(start))
             raise AdapterError(f"the model's adapter has other tensors: {len(strange)}, first {strange[0]}")
         self._blocks: list[_Block] = []
+        self._convex = graft.method.startswith("arimerge")
         kinds = {(p.device, p.dtype) for p in parameters.values()}
         for device, dtype in sorted(kinds, key=str):
             names = [n for n, p in parameters.items() if (p.device, p.dtype) == (device, dtype)]
@@ -82,6 +84,10 @@ class LiveGraft:
         """
         if not 0 <= weight < float("inf"):
             raise AdapterError(f"the weight λ must be a finite number of at least 0, not {weight}")
+        if weight > 1 and self._convex:
+            raise AdapterError(
+                "AriMerge's weight λ is from 0 to 1", remedy="1 is the task itself, 0 the references alone"
+            )
         with torch.no_grad():
             for block in self._blocks:
                 block.set(weight)
@@ -98,6 +104,11 @@ def line(graft: Graft, task: Adapter, divergence: Divergence) -> tuple[Arrays, A
         raise AdapterError(
             "a compressed merge is no straight line in λ, so its weight cannot be changed in place",
             remedy="leave the output rank out",
+        )
+    if graft.space == "literal":
+        raise AdapterError(
+            "the printed form jumps at λ = 0, so it is no straight line and its weight cannot be changed in place",
+            remedy="use another space",
         )
     zero, one = (dict(replace(graft, weight=w).onto(task, divergence).tensors()) for w in (0.0, 1.0))
     start: Arrays = {}

@@ -9,18 +9,9 @@ from typing import Any
 import numpy as np
 
 from lingraft import __version__, roles
-from lingraft.adapter import (
-    Adapter,
-    Divergence,
-    Notes,
-    check_rank,
-    content_digest,
-    kept_rank,
-    part_of,
-    rebuilt,
-    warn_of_unlike_starts,
-)
+from lingraft.adapter import Adapter, Notes, content_digest, part_of, rebuilt
 from lingraft.algebra import Family, Site
+from lingraft.divergence import Divergence, check_rank, kept_rank, warn_of_unlike_starts
 from lingraft.errors import AdapterError, UserError, suggestion
 from lingraft.families import combining, family, ia3, lora
 from lingraft.families.measures import distance, inner_product
@@ -209,8 +200,10 @@ class Combination:
         check_rank(self.out_rank, stacking)
         named = {f"adapter {n + 1}": adapter for n, adapter in enumerate(adapters)}
         sites = roles.select(list(dict.fromkeys(m for a in adapters for m in a.layout)), self.modules)
-        check_fit(named, sites, any_rank=stacking)
-        if not stacking and structure != "ia3":
+        check_fit(named, sites, any_rank=stacking, any_size=self.method == "cat")
+        if structure == "prefix" and self.method == "cat" and set(sites) != set(first.layout):
+            raise AdapterError("virtual tokens stand in all layers or in none", remedy="leave --modules out")
+        if not stacking and structure != "ia3" and self.method != "cat":
             warn_of_unlike_starts(named)
         notes = Notes()
         shapes = (
@@ -249,7 +242,10 @@ class Combination:
         if self.space is not None and structure != "lora":
             raise UserError(f"'{structure}' has no space '{self.space}'", remedy="leave --space out")
         if self.method == "knots" and structure != "lora":
-            raise AdapterError(f"KnOTS aligns weight updates, which adapters of the structure '{structure}' have not")
+            raise AdapterError(
+                f"KnOTS aligns weight updates, which adapters of the structure '{structure}' have not",
+                remedy="use --method linear",
+            )
         if self.method in ("ties", "dare") and structure not in ("lora", "ia3", "sparse"):
             raise AdapterError(
                 f"{self.method} drops numbers that change little, and a {structure} adapter's numbers are no changes: "
@@ -274,9 +270,10 @@ class Combination:
     def _place(self, module: str, adapters: Sequence[Adapter], shapes: Mapping[str, tuple[int, int]]) -> Place:
         """The combined site's shape."""
         if module in shapes:
-            rank = sum(rank_of(a.layout[module]) for a in adapters if module in a.layout)
-            # The thin SVD of KnOTS has no more singular values than the weight has rows.
-            rank = min(rank, shapes[module][0]) if self.method == "knots" else rank
+            out, inner = shapes[module]
+            ranks = [rank_of(a.layout[module]) for a in adapters if module in a.layout]
+            # The thin SVD of KnOTS has no more singular values than its core has rows or columns.
+            rank = min(out, sum(min(r, inner) for r in ranks)) if self.method == "knots" else sum(ranks)
             return lora_place(*shapes[module], kept_rank(rank, shapes[module], self.out_rank), 1.0)
         places = [adapter.layout[module] for adapter in adapters]
         return _side_by_side(adapters[0].structure, places) if self.method == "cat" else places[0]
@@ -353,17 +350,23 @@ def similarity(x: Adapter, y: Adapter) -> dict[str, Any]:
     """
     shared = [m for m in x.modules if m in y.layout]
     if x.structure == y.structure and not shared:
-        raise AdapterError("the two adapters have no site in common")
+        raise AdapterError(
+            "the two adapters have no site in common", remedy="give adapters of the same modules of one base model"
+        )
     check_fit({"first": x, "second": y}, shared, any_rank=x.structure == "lora")
     sums: dict[str, np.ndarray[Any, Any]] = {}
     for module in shared:
-        a, b = _double(x.read(module)), _double(y.read(module))
+        a, b = _double(x.site(module)), _double(y.site(module))
         pairs = ((a, b), (a, a), (b, b))
         products = np.array([inner_product(x.structure, left, right) for left, right in pairs])
         number = roles.layer_of(module)
         layer = "-" if number is None else str(number)
         sums[layer] = sums.get(layer, 0) + products
     total = np.sum(list(sums.values()), axis=0)
+    if not np.isfinite(total).all():
+        raise AdapterError(
+            "the numbers are too large to be measured", remedy="look for very large values in the adapters"
+        )
     ordered = sorted(sums.items(), key=lambda item: (len(item[0]), item[0]))
     return {
         "cosine": _cosine(total),
@@ -380,5 +383,5 @@ def _norms(products: Any) -> list[float]:
 def _cosine(products: Any) -> float | None:
     """⟨x, y⟩ / (‖x‖ ‖y‖), or None where one of them is zero."""
     # Gram products of updates that cancel may come out slightly below zero.
-    scale = float(np.sqrt(max(products[1], 0) * max(products[2], 0)))
+    scale = float(np.sqrt(max(products[1], 0)) * np.sqrt(max(products[2], 0)))
     return float(products[0] / scale) if scale > 0 else None

@@ -78,8 +78,11 @@ def keys_and_values(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """
     if reason := refusal(model, "prefix"):
         raise AdapterError(f"a prefix cannot be put on this model: {reason}", remedy="choose another structure")
+    from transformers import DynamicCache
+
     with torch.no_grad():
-        cache = model.base_model(input_ids=ids, use_cache=True).past_key_values
+        # A cache that knows of windows would keep the last tokens only.
+        cache = model.base_model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True).past_key_values
     parts = []
     for layer in cache.layers:
         for states in (layer.keys, layer.values):

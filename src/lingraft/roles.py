@@ -62,7 +62,7 @@ def plays(module: str, role: str) -> bool:
 
 def layer_of(module: str) -> int | None:
     """The number of the layer a module stands in: the first number of its path."""
-    return next((int(part) for part in module.split(".") if part.isdigit()), None)
+    return next((int(part) for part in module.split(".") if part.isdecimal()), None)
 
 
 _LAYERS = re.compile(r"layer:(\d{1,6})(?:-(\d{1,6}))?")

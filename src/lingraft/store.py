@@ -38,7 +38,9 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StoreError("a file that should be here is missing", where=path) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except RecursionError:
+        raise StoreError("this file is nested too deeply", where=path) from None
+    except (OSError, ValueError) as error:  # Neither UTF-8, nor JSON, or a number of thousands of digits.
         raise StoreError(
             f"this file is damaged ({error})", where=path, remedy="delete its folder and run again"
         ) from None
@@ -74,7 +76,7 @@ def appearing(target: Path, record: Mapping[str, Any]) -> Generator[Path, None, 
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(target.with_name(f".{target.name}.lock"), timeout=0):
-                if target.exists():
+                if target.exists() or target.is_symlink():
                     raise UserError(
                         "the output exists already",
                         where=target,

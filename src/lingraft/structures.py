@@ -15,7 +15,7 @@ from lingraft.batching import derived_seed
 from lingraft.config import AdapterConfig
 from lingraft.errors import AdapterError
 from lingraft.layouts.common import PREFIX
-from lingraft.layouts.prefix import TENSOR
+from lingraft.layouts.prefix import TENSOR, site_name
 from lingraft.prefixes import attention_shape, keys_and_values
 from lingraft.tasks.reference import bundled_text
 
@@ -44,6 +44,11 @@ def fresh(backbone: "Backbone", config: AdapterConfig, seed: int) -> Fresh:
     """
     made, tensors = _MAKERS[config.family](backbone, config, seed)
     return {**made, "task_type": "CAUSAL_LM", "base_model_name_or_path": backbone.located.name}, tensors
+
+
+def sites(made: dict[str, Any]) -> list[str]:
+    """What the sites of an adapter with this configuration are called."""
+    return made.get("target_modules") or [site_name(n) for n in range(made["num_layers"])]
 
 
 def _drawn(kind: str, backbone: "Backbone", module: str, size: int, seed: int) -> np.random.Generator:

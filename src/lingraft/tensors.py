@@ -117,7 +117,10 @@ class TensorFile:
             done += count
         if done < raw.size:
             raise AdapterError(f"this file ends within tensor '{name}': it was changed", where=self.path)
-        return raw.view(dtype).reshape(shape)
+        try:
+            return raw.view(dtype).reshape(shape)
+        except ValueError as error:  # numpy has at most 64 axes, each of a size it can count to.
+            raise AdapterError(f"tensor '{name}' has a shape that numpy cannot hold ({error})", where=self.path) from None
 
     def _pread(self, into: np.ndarray[Any, Any], offset: int) -> int:
         """Reads at a place of the file; several threads may."""

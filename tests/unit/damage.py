@@ -17,7 +17,10 @@ WEIGHTS = "adapter_model.safetensors"
 SIDECAR = "lingraft.json"
 SITES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
 OUT, IN, RANK = 6, 8, 2
-TYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "C64": 8}
+TYPES = {
+    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2},
+    **{"U8": 1, "BOOL": 1, "F8_E4M3": 1, "C64": 8},
+}
 """Types of the format and their sizes; lingraft computes with some of them."""
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -28,11 +31,11 @@ Entry = tuple[str, list[int], bytes]
 # Whole adapters
 
 
-def _roles(structure: str) -> tuple[str, dict[str, tuple[int, ...]]]:
+def _roles(structure: str, width: int) -> tuple[str, dict[str, tuple[int, ...]]]:
     """PEFT's name of a structure, and the shapes of one site's tensors by the end of their names."""
     linear = {"down.weight": (RANK, IN), "down.bias": (RANK,), "up.weight": (IN, RANK), "up.bias": (IN,)}
     return {
-        "lora": ("LORA", {"lora_A.weight": (RANK, IN), "lora_B.weight": (OUT, RANK)}),
+        "lora": ("LORA", {"lora_A.weight": (RANK, width), "lora_B.weight": (OUT, RANK)}),
         "ia3": ("IA3", {"ia3_l": (OUT, 1)}),
         "bottleneck": ("BOTTLENECK", {f"bottleneck_{role}": shape for role, shape in linear.items()}),
         "invertible": (
@@ -43,7 +46,7 @@ def _roles(structure: str) -> tuple[str, dict[str, tuple[int, ...]]]:
     }[structure]
 
 
-def write_any(folder: Path, structure: str, seed: int, dtype: Any, sidecar: bool) -> Path:
+def write_any(folder: Path, structure: str, seed: int, dtype: Any, sidecar: bool, width: int = IN) -> Path:
     """A valid adapter of a structure, as small as can be."""
     random = np.random.default_rng(seed)
     tensors: dict[str, np.ndarray] = {f"{PREFIX}score.weight": random.normal(size=(2, 3)).astype(dtype)}
@@ -53,7 +56,7 @@ def write_any(folder: Path, structure: str, seed: int, dtype: Any, sidecar: bool
         tensors["prompt_embeddings"] = random.normal(size=(3, 2 * 2 * 4)).astype(dtype)
         extra = {"num_virtual_tokens": 3, "num_layers": 2, "num_attention_heads": 2, "token_dim": 4}
     else:
-        kind, shapes = _roles(structure)
+        kind, shapes = _roles(structure, width)
         for site in SITES:
             for role, shape in shapes.items():
                 tensors[f"{PREFIX}{site}.{role}"] = random.normal(size=shape).astype(dtype)
@@ -173,7 +176,16 @@ def offsets(random: np.random.Generator, folder: Path) -> str:
     header, name = header_of(entries), _some_site(random, entries)
     start, end = header[name]["data_offsets"]
     options = ([0, end - start], [start, end + 4], [start + 4, end + 4], [end, start], [-4, end], [start, 10**15])
-    options += ([2**64 - 8, 2**64 - 4], [start], [], None, [start, "x"], [float(start), end], [start, end, end], {"a": 1})
+    options += (
+        [2**64 - 8, 2**64 - 4],
+        [start],
+        [],
+        None,
+        [start, "x"],
+        [float(start), end],
+        [start, end, end],
+        {"a": 1},
+    )
     header[name]["data_offsets"] = pick(random, options)
     put(folder / WEIGHTS, header, b"".join(data for _, _, data in entries.values()))
     return f"offsets {header[name]['data_offsets']} of {name}"
@@ -370,35 +382,158 @@ def whole_numbers(random: np.random.Generator, folder: Path) -> str:
 
 DEEP = 100_000
 VALUES = (
-    *("null", "true", "false", "0", "-0.0", "-1", "1", "3", "1.5", "1e308", "-1e308", "5e-324", "1e400", "-1e400", "NaN"),
-    *("Infinity", "-Infinity", "1" + "0" * 15, "1" + "0" * 400, "9" * 5000, '""', '"16"', '"nan"', '"../../x"', '"\\ud800"'),
-    *('"a\\u0000b"', "[]", "[1]", "[null]", '["x"]', "[[]]", "{}", '{"a": 1}', '{"a": null}', '{"": 1}', '{"a": {"b": []}}'),
+    *(
+        "null",
+        "true",
+        "false",
+        "0",
+        "-0.0",
+        "-1",
+        "1",
+        "3",
+        "1.5",
+        "1e308",
+        "-1e308",
+        "5e-324",
+        "1e400",
+        "-1e400",
+        "NaN",
+    ),
+    *(
+        "Infinity",
+        "-Infinity",
+        "1" + "0" * 15,
+        "1" + "0" * 400,
+        "9" * 5000,
+        '""',
+        '"16"',
+        '"nan"',
+        '"../../x"',
+        '"\\ud800"',
+    ),
+    *(
+        '"a\\u0000b"',
+        "[]",
+        "[1]",
+        "[null]",
+        '["x"]',
+        "[[]]",
+        "{}",
+        '{"a": 1}',
+        '{"a": null}',
+        '{"": 1}',
+        '{"a": {"b": []}}',
+    ),
     *('"no"', '"yes"', '"[/]"', "[" * 900 + "]" * 900, "[" * 80 + "]" * 80),
     "[" * DEEP + "]" * DEEP,
     '{"a":' * 900 + "1" + "}" * 900,
 )
 EVIL = (
-    *("(a|a)*b", "(.*)*", "(a?){50}a{50}", "(a+)+$", "(.|.)*x", "((a*)*)*", "(?:.+)+x", ".*.*.*.*.*.*.*.*x", "(a|aa)+$"),
-    *("(.*.*.*.*.*.*x)?", "([a-z_.0-9]+)*x", "(?=(.*)+x).*", "(x+x+)+y", "(\\w|\\w\\w)+!", "(?P<a>.*)(?P=a)*!", "(.*)\\1*x"),
+    *(
+        "(a|a)*b",
+        "(.*)*",
+        "(a?){50}a{50}",
+        "(a+)+$",
+        "(.|.)*x",
+        "((a*)*)*",
+        "(?:.+)+x",
+        ".*.*.*.*.*.*.*.*x",
+        "(a|aa)+$",
+    ),
+    *(
+        "(.*.*.*.*.*.*x)?",
+        "([a-z_.0-9]+)*x",
+        "(?=(.*)+x).*",
+        "(x+x+)+y",
+        "(\\w|\\w\\w)+!",
+        "(?P<a>.*)(?P=a)*!",
+        "(.*)\\1*x",
+    ),
     *("." * 2000, ".*" * 400 + "x", "(" * 500 + ")" * 500, "(", "[", "*", "a{99999999999}", "(?#", "\\", "(?i)q_proj"),
-    *("(?(1)a|b)", "a**", "x{2,1}", "(.?)" * 60 + "x", "(.|..)" * 40 + "x", "(a|b|[^!])" * 30 + "x", "\\p{L}", "q_proj)|(.*"),
-    *("(?>.*)*x", "(.{1,30}){1,30}x", "(([^!]|.)+.)+x", "[^\\W]*+[a-z]*[a-z]*[a-z]*[a-z]*[a-z]*x", "(?s:.)*", "", "$", "^", "\n"),
+    *(
+        "(?(1)a|b)",
+        "a**",
+        "x{2,1}",
+        "(.?)" * 60 + "x",
+        "(.|..)" * 40 + "x",
+        "(a|b|[^!])" * 30 + "x",
+        "\\p{L}",
+        "q_proj)|(.*",
+    ),
+    *(
+        "(?>.*)*x",
+        "(.{1,30}){1,30}x",
+        "(([^!]|.)+.)+x",
+        "[^\\W]*+[a-z]*[a-z]*[a-z]*[a-z]*[a-z]*x",
+        "(?s:.)*",
+        "",
+        "$",
+        "^",
+        "\n",
+    ),
 )
 CONFIG_KEYS = (
     *("lora_alpha", "alpha_pattern", "use_rslora", "r", "rank_pattern", "peft_type", "target_modules", "num_layers"),
-    *("num_virtual_tokens", "num_transformer_submodules", "num_attention_heads", "activation", "bias", "init_lora_weights"),
-    *("base_model_name_or_path", "modules_to_save", "bottleneck_size", "use_dora", "layer_replication", "lora_dropout", "x"),
+    *(
+        "num_virtual_tokens",
+        "num_transformer_submodules",
+        "num_attention_heads",
+        "activation",
+        "bias",
+        "init_lora_weights",
+    ),
+    *(
+        "base_model_name_or_path",
+        "modules_to_save",
+        "bottleneck_size",
+        "use_dora",
+        "layer_replication",
+        "lora_dropout",
+        "x",
+    ),
     *("target_parameters", "bottleneck_pattern", "inference_mode", "lora_bias"),
 )
 """What a configuration may hold; several are of one structure, and more in another."""
-SIDECAR_KEYS = ("backbone", "init_sha256", "kind", "target_ranks", "family", "format", "provenance", "x", "backbone.digest")
+SIDECAR_KEYS = (
+    "backbone",
+    "init_sha256",
+    "kind",
+    "target_ranks",
+    "family",
+    "format",
+    "provenance",
+    "x",
+    "backbone.digest",
+)
 TEXTS = (
-    *("", " ", "{", "[]", "null", "1", '"x"', "NaN", "{}", '{"peft_type": 1}', "\0", "\ufeff{}", "{'a': 1}", "[" * DEEP),
-    *('{"a":' * DEEP, "9" * 5000, "-" + "9" * 5000, '{"peft_type": "LORA", "peft_type": null}', '{"a": 1}' * 2, '"\\ud800"'),
+    *(
+        "",
+        " ",
+        "{",
+        "[]",
+        "null",
+        "1",
+        '"x"',
+        "NaN",
+        "{}",
+        '{"peft_type": 1}',
+        "\0",
+        "\ufeff{}",
+        "{'a': 1}",
+        "[" * DEEP,
+    ),
+    *(
+        '{"a":' * DEEP,
+        "9" * 5000,
+        "-" + "9" * 5000,
+        '{"peft_type": "LORA", "peft_type": null}',
+        '{"a": 1}' * 2,
+        '"\\ud800"',
+    ),
 )
 
 
-def _set(path: Path, changes: Mapping[str, str]) -> None:
+def set_texts(path: Path, changes: Mapping[str, str]) -> None:
     """Sets keys to JSON texts that Python's writer would not write."""
     text = json.dumps({**json.loads(path.read_text()), **{k: f"<{n}>" for n, k in enumerate(changes)}})
     for number, value in enumerate(changes.values()):
@@ -411,14 +546,14 @@ def bad_config(random: np.random.Generator, folder: Path) -> str:
     important = {"LORA": CONFIG_KEYS[:5], "PREFIX_TUNING": CONFIG_KEYS[7:11], "BOTTLENECK": CONFIG_KEYS[11:12]}
     keys = important.get(kind, CONFIG_KEYS) if random.random() < 0.6 else CONFIG_KEYS
     key, value = pick(random, keys), pick(random, VALUES)
-    _set(folder / CONFIG, {key: value})
+    set_texts(folder / CONFIG, {key: value})
     return f"{key} = {value[:30]}"
 
 
 def bad_pattern(random: np.random.Generator, folder: Path) -> str:
     key, pattern = pick(random, ("alpha_pattern", "alpha_pattern", "rank_pattern")), pick(random, EVIL)
     value = pick(random, ("1", "16", *VALUES[:20]))
-    _set(folder / CONFIG, {key: "{" + json.dumps(pattern) + ": " + value + "}"})
+    set_texts(folder / CONFIG, {key: "{" + json.dumps(pattern) + ": " + value + "}"})
     return f"{key} = {pattern[:40]!r}: {value[:30]}"
 
 
@@ -443,7 +578,7 @@ def bad_sidecar(random: np.random.Generator, folder: Path) -> str:
     shown = value[:40]
     if key == "backbone.digest":
         key, value = "backbone", '{"digest": ' + value + "}"
-    _set(path, {key: value})
+    set_texts(path, {key: value})
     return f"{key} = {shown} in {SIDECAR}"
 
 
@@ -458,7 +593,9 @@ def another_base(random: np.random.Generator, folder: Path) -> str:
 
 def files(random: np.random.Generator, folder: Path) -> str:
     path = folder / pick(random, (CONFIG, WEIGHTS, SIDECAR))
-    how = pick(random, ("missing", "empty", "a folder", "a loop", "a dangling link", "a pickle", "swapped", "unreadable"))
+    how = pick(
+        random, ("missing", "empty", "a folder", "a loop", "a dangling link", "a pickle", "swapped", "unreadable")
+    )
     if how == "swapped":
         raw = (folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes()
         (folder / WEIGHTS).write_bytes(raw[0])

@@ -32,6 +32,7 @@ from tests.unit.adapters import (
     numbers_of,
     peft_adapter,
     peft_deltas,
+    rewrite,
     tensors_of,
     tiny_llama,
     updates_of,
@@ -247,6 +248,12 @@ def test_cat_of_prefixes_puts_their_tokens_in_a_row(tmp_path: Path) -> None:
 def test_virtual_tokens_have_no_weight(tmp_path: Path, weights: tuple[float, float]) -> None:
     with pytest.raises(AdapterError, match="at weight 1 only"):
         combined(folders_of(tmp_path, "prefix"), weights, "cat").save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_virtual_tokens_go_into_all_layers_or_none(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="layers"):
+        combined(folders_of(tmp_path, "prefix"), (1, 1), "cat", modules="layer:0").save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -565,8 +572,6 @@ def test_prefixes_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, 
 def test_an_ia3_vector_over_inputs_does_not_fit_one_over_outputs(tmp_path: Path) -> None:
     square = {"model.layers.0.self_attn.k_proj": (8, 8), "model.layers.0.mlp.down_proj": (8, 8)}
     first = write_structure(tmp_path / "a", "ia3", 1, shapes=square)
-    from tests.unit.adapters import rewrite
-
     second = rewrite(write_structure(tmp_path / "b", "ia3", 2, shapes=square), lambda name, tensor: tensor.T.copy())
     with pytest.raises(AdapterError, match=r"\(1, 8\) in the adapter 1, \(8, 1\) in the adapter 2"):
         combined([first, second], (1, 1))
@@ -588,10 +593,8 @@ def test_heads_and_modules_to_save_are_the_first_ones(tmp_path: Path, structure:
         for n in range(3)
     ]
     loaded = [Adapter.load(folder) for folder in folders]
-    if method == "linear":
-        merged = Combination().of(loaded, (0.2, 0.3, 0.5))
-    else:
-        merged = Graft(0.7).onto(loaded[0], loaded[1] - loaded[2])
+    graft = Graft(0.7).onto(loaded[0], loaded[1] - loaded[2])
+    merged = Combination().of(loaded, (0.2, 0.3, 0.5)) if method == "linear" else graft
     merged.save(tmp_path / "out")
     for name in names:
         tensor = tensors_of(tmp_path / "out")[name]
@@ -719,6 +722,18 @@ def test_similarity_of_an_adapter_to_itself_is_one_for_every_structure(tmp_path:
     shown = (x - y).as_adapter()
     for module in shown.modules:
         shown.site(module)
+
+
+@pytest.mark.parametrize("wide", [(32, 64), (64, 32)])
+def test_sparse_differences_of_different_weights_are_refused_in_words(tmp_path: Path, wide: tuple[int, int]) -> None:
+    name = "model.layers.0.mlp.down_proj"
+    x = Adapter.load(write_structure(tmp_path / "a", "sparse", 1, shapes={name: (32, 64)}))
+    y = Adapter.load(write_structure(tmp_path / "b", "sparse", 2, shapes={name: wide if wide[0] == 64 else (32, 48)}))
+    with pytest.raises(AdapterError, match="different shapes"):
+        Combination().of([x, y], (1, 1)).save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(AdapterError, match="different shapes"):
+        similarity(x, y)
 
 
 def test_rank_factors_of_a_combination_are_those_of_its_parts(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ def table() -> str:
     lines = ["| rule | " + " | ".join(f"`{law.value}`" for law in laws) + " |", "|---" * (len(laws) + 1) + "|"]
     for structure, spaces in FAMILIES.items():
         for space, rule in spaces.items():
-            lines.append(f"| {structure}/{space} | " + " | ".join("kept" if law in rule.laws else "–" for law in laws) + " |")
+            lines.append(
+                f"| {structure}/{space} | " + " | ".join("kept" if law in rule.laws else "–" for law in laws) + " |"
+            )
     return "\n".join(lines)
 
 

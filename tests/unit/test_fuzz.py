@@ -1,4 +1,4 @@
-"""A thousand damaged adapters: each is refused with one clear message, or does no harm; never a traceback, a hang, or half a folder."""
+"""A thousand damaged adapters: each is refused with one clear message, or does no harm. No traceback, hang, or half a folder."""
 
 import contextlib
 import json
@@ -23,11 +23,24 @@ from lingraft.families import FAMILIES
 from lingraft.layouts.common import check_folder
 from lingraft.tensors import finite
 from tests.unit.adapters import snapshot
-from tests.unit.damage import CONFIG, FLOATS, SIDECAR, WEIGHTS, damage, pick, write_any
+from tests.unit.damage import (
+    CONFIG,
+    FLOATS,
+    SIDECAR,
+    SITES,
+    WEIGHTS,
+    damage,
+    entries_of,
+    pick,
+    put,
+    put_entries,
+    set_texts,
+    write_any,
+)
 
 STRUCTURES = sorted(FAMILIES)
 CASES = 1000
-SECONDS = int(os.environ.get("FUZZ_SECONDS", "10"))
+SECONDS = 10
 """How long one case may take."""
 MEMORY = 1 << 30
 """How much one case may take: the adapters have a few kilobytes."""
@@ -98,7 +111,7 @@ def in_time(seconds: int) -> Iterator[None]:
 
 
 def _merge(here: Path, adapters: list[str], **options: Any) -> Any:
-    return merge_adapters(adapters, False, here / "out", True, **{**NO_OPTIONS, **options})
+    return merge_adapters(adapters, True, here / "out", True, **{**NO_OPTIONS, **options})
 
 
 def graft(random: np.random.Generator, here: Path, structure: str) -> Any:
@@ -125,16 +138,20 @@ def diverge(random: np.random.Generator, here: Path, structure: str) -> Any:
 
 
 def look(random: np.random.Generator, here: Path, structure: str) -> Any:
-    return inspect_folders([here / pick(random, (*NAMES, "divergence"))], True)
+    return inspect_folders([here / "task"], True)
+
+
+def look_at_divergence(random: np.random.Generator, here: Path, structure: str) -> Any:
+    return inspect_folders([here / "divergence"], True)
 
 
 def look_at_two(random: np.random.Generator, here: Path, structure: str) -> Any:
-    return inspect_folders([here / name for name in random.permutation([*NAMES, "divergence"])[:2]], True)
+    return inspect_folders([here / name for name in random.permutation(["task", "divergence"])], True)
 
 
 def show(random: np.random.Generator, here: Path, structure: str) -> Any:
     with contextlib.redirect_stdout(None):
-        return inspect_folders([here / pick(random, NAMES)], False)
+        return inspect_folders([here / "task"], False)
 
 
 OPERATIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
@@ -142,25 +159,32 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "graft_saved": (graft_saved, ("task", "divergence")),
     "combine": (combine, NAMES),
     "diverge": (diverge, ("target", "source")),
-    "look": (look, (*NAMES, "divergence")),
-    "look_at_two": (look_at_two, (*NAMES, "divergence")),
-    "show": (show, NAMES),
+    "look": (look, ("task",)),
+    "look_at_divergence": (look_at_divergence, ("divergence",)),
+    "look_at_two": (look_at_two, ("task", "divergence")),
+    "show": (show, ("task",)),
 }
-"""By name, what is done, and which of the adapters it may read."""
+"""By name, what is done, and which of the adapters it reads."""
 
 
 def prepared(whole: Path, here: Path, random: np.random.Generator, structure: str, readable: tuple[str, ...]) -> str:
-    """Copies whole adapters to `here`, and damages one that is read."""
+    """Copies whole adapters to `here`, and damages one that is read, or two, or one twice."""
     source = whole / structure / f"{pick(random, FLOATS)}-{random.integers(2)}"
-    shutil.copytree(source, here)
-    name = pick(random, readable)
-    victim = here / name
-    if not (victim / WEIGHTS).exists() and random.random() < 0.7:  # a divergence in two parts
-        victim = victim / pick(random, ("target_ref", "source_ref"))
-    if not (victim / WEIGHTS).exists():
-        shutil.rmtree(victim / "target_ref" if random.random() < 0.5 else victim)
-        return f"{name}: a part is missing"
-    return f"{victim.relative_to(here)}: {damage(random, victim, structure)}"
+    for name in readable:
+        shutil.copytree(source / name, here / name)
+    said = []
+    for _ in range(1 if random.random() < 0.8 else 2):
+        victim = here / pick(random, readable)
+        if not (victim / WEIGHTS).exists() and random.random() < 0.8:  # a divergence in two parts
+            victim = victim / pick(random, ("target_ref", "source_ref"))
+        if (victim / WEIGHTS).is_file() and (victim / CONFIG).is_file():
+            # What is damaged already may not be something to damage again.
+            with contextlib.suppress(Exception) if said else contextlib.nullcontext():
+                said.append(f"{victim.relative_to(here)}: {damage(random, victim, structure)}")
+        else:
+            shutil.rmtree(victim, ignore_errors=True)
+            said.append(f"{victim.relative_to(here)}: missing")
+    return "; ".join(said)
 
 
 def _complete(folder: Path) -> None:
@@ -171,8 +195,8 @@ def _complete(folder: Path) -> None:
         check_folder(part)
         assert not list(part.glob(".*"))
         for name in (CONFIG, SIDECAR):
-            json.loads((part / name).read_text(), parse_constant=lambda text: pytest.fail(f"{text} in {name}"))
-    kind = json.loads((folder / SIDECAR).read_text())["kind"]
+            json.dumps(json.loads((part / name).read_text()), allow_nan=False)
+    kind = json.loads((folder / SIDECAR).read_text()).get("kind")
     made = Divergence.load(folder) if kind == "divergence" else Adapter.load(folder)
     for adapter in [made.target_ref, made.source_ref] if isinstance(made, Divergence) else [made]:
         tensors = [tensor for module in adapter.modules for tensor in adapter.site(module).tensors.values()]
@@ -188,8 +212,8 @@ def _clear(error: LingraftError) -> None:
     assert all(c == "\n" or c.isprintable() for c in text), f"not printable: {text!r}"
 
 
-def outcome(whole: Path, here: Path, seed: int, operation: str) -> tuple[str, str | None]:
-    """What a case is, and what is wrong with what came of it."""
+def outcome(whole: Path, here: Path, seed: int, operation: str) -> tuple[str, bool, str | None]:
+    """What a case is, whether it was refused, and what is wrong with what came of it."""
     random = np.random.default_rng([seed, list(OPERATIONS).index(operation)])
     structure = STRUCTURES[seed % len(STRUCTURES)]
     act, readable = OPERATIONS[operation]
@@ -205,28 +229,198 @@ def outcome(whole: Path, here: Path, seed: int, operation: str) -> tuple[str, st
             _clear(error)
             assert snapshot(here) == before, "something was left behind"
             assert {p.name for p in here.iterdir() if p.name.startswith(".")} <= {".out.lock", ".out.partial"}
-            return said, None
+            return said, True, None
         if operation != "show":
             json.dumps(result, allow_nan=False, default=str)
         if (here / "out").exists():
             _complete(here / "out")
             shutil.rmtree(here / "out")
         assert snapshot(here) == before, "an input was changed"
-        return said, None
-    except (Exception, TooSlow):
-        return said, traceback.format_exc(limit=-6)
+        return said, False, None
+    except (Exception, TooSlow):  # noqa: BLE001 - whatever it is, it is told with the case
+        return said, False, traceback.format_exc(limit=-6)
     finally:
         shutil.rmtree(here, ignore_errors=True)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_damaged_adapters_are_refused_or_harmless(whole: Path, tmp_path: Path, operation: str) -> None:
-    chosen = list(OPERATIONS).index(operation)
-    wrong = []
-    every = bool(os.environ.get("FUZZ_ALL"))
-    for seed in range(CASES):
-        if every or seed // len(STRUCTURES) % len(OPERATIONS) == chosen:
-            case, problem = outcome(whole, tmp_path / "case", seed, operation)
-            if problem:
-                wrong.append(f"{case}\n{problem}")
-    assert not wrong, f"{len(wrong)} cases\n\n" + "\n".join(wrong)
+    number = list(OPERATIONS).index(operation)
+    seeds = [seed for seed in range(CASES) if seed // len(STRUCTURES) % len(OPERATIONS) == number]
+    found = [outcome(whole, tmp_path / "case", seed, operation) for seed in seeds]
+    wrong = [f"{case}\n{problem}" for case, _, problem in found if problem]
+    assert not wrong, f"{len(wrong)} of {len(seeds)} cases\n\n" + "\n".join(wrong)
+    refused = sum(refused for _, refused, _ in found)
+    assert 0.5 * len(seeds) < refused < 0.95 * len(seeds), "most damage is found, and some does no harm"
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_whole_adapters_pass(whole: Path, tmp_path: Path, structure: str) -> None:
+    for place in (whole / structure).iterdir():
+        here = tmp_path / place.name
+        shutil.copytree(place, here)
+        for name, (act, _) in OPERATIONS.items():
+            if name not in ("graft", "combine"):  # Not every method is for every structure.
+                act(np.random.default_rng(0), here, structure)
+                shutil.rmtree(here / "out", ignore_errors=True)
+        _graft(here)
+        _complete(here / "out")
+
+
+def _graft(here: Path) -> Any:
+    folders = {"task": here / "task", "target_ref": here / "target", "source_ref": here / "source"}
+    return _merge(here, [], **folders, weight=0.7)
+
+
+# What stands in the way of the output
+
+
+def _file(path: Path) -> None:
+    path.write_text("mine")
+
+
+def _full_folder(path: Path) -> None:
+    path.mkdir()
+    _file(path / "precious.txt")
+
+
+def _dangling(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+OBSTACLES = {"a file": _file, "a folder": _full_folder, "an empty folder": Path.mkdir, "a dangling link": _dangling}
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+@pytest.mark.parametrize("operation", [_graft, lambda here: diverge(np.random.default_rng(0), here, "ia3")])
+def test_an_output_that_exists_in_any_form_is_left_alone(
+    whole: Path, tmp_path: Path, obstacle: str, operation: Callable[[Path], Any]
+) -> None:
+    here = tmp_path / "here"
+    shutil.copytree(whole / "ia3" / "F32-1", here)
+    OBSTACLES[obstacle](here / "out")
+    before = snapshot(here)
+    with pytest.raises(LingraftError) as caught:
+        operation(here)
+    _clear(caught.value)
+    assert str(here / "out") in str(caught.value)
+    assert snapshot(here) == before
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_what_an_interrupted_merge_left_is_no_obstacle(whole: Path, tmp_path: Path, obstacle: str) -> None:
+    here = tmp_path / "here"
+    shutil.copytree(whole / "ia3" / "F32-1", here)
+    OBSTACLES[obstacle](here / ".out.partial")
+    try:
+        _graft(here)
+        _complete(here / "out")
+        assert not (here / ".out.partial").exists()
+    except LingraftError as error:
+        _clear(error)
+        assert not (here / "out").exists()
+
+
+# The command line
+
+
+def _config(**values: str) -> Callable[[Path], Any]:
+    return lambda folder: set_texts(folder / CONFIG, values)
+
+
+def _header(text: str) -> Callable[[Path], Any]:
+    return lambda folder: put(folder / WEIGHTS, text, b"")
+
+
+def _number(value: float) -> Callable[[Path], Any]:
+    def spoil(folder: Path) -> None:
+        entries = entries_of(folder / WEIGHTS)
+        name = next(name for name in entries if "lora_A" in name)
+        kind, shape, data = entries[name]
+        entries[name] = (kind, shape, np.float32(value).tobytes() + data[4:])
+        put_entries(folder / WEIGHTS, entries)
+
+    return spoil
+
+
+def _named(new: str) -> Callable[[Path], Any]:
+    def rename(folder: Path) -> None:
+        entries = {name.replace(SITES[0], new): entry for name, entry in entries_of(folder / WEIGHTS).items()}
+        put_entries(folder / WEIGHTS, entries)
+
+    return rename
+
+
+def _cut(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1])
+
+
+def _pickled(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+
+
+def _note(text: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / SIDECAR).write_text(text)
+
+
+def _wide(folder: Path) -> None:
+    shutil.rmtree(folder)
+    write_any(folder, "lora", 1, np.float32, True, width=9)
+
+
+_HUGE = '{"x.lora_A.weight": {"dtype": "F32", "shape": [1000000000000000], "data_offsets": [0, 4000000000000000]}}'
+REFUSED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
+    "cut short": (_cut, ("cannot be read", WEIGHTS)),
+    "an oversized header": (lambda folder: (folder / WEIGHTS).write_bytes(b"\xff" * 64), ("cannot be read", WEIGHTS)),
+    "a claim of 10^15 numbers": (_header(_HUGE), ("cannot be read", WEIGHTS)),
+    "a deep header": (_header("[" * 100_000), ("cannot be read", WEIGHTS)),
+    "NaN": (_number(np.nan), ("NaN or infinite", f"{SITES[0]}.A")),
+    "infinity": (_number(np.inf), ("NaN or infinite", f"{SITES[0]}.A")),
+    "alpha zero": (_config(lora_alpha="0"), ("alpha", SITES[0], "scaling of 0")),
+    "alpha infinite": (_config(lora_alpha="1e400"), ("NaN, infinite", CONFIG)),
+    "alpha of 5000 digits": (_config(lora_alpha="9" * 5000), ("damaged", CONFIG)),
+    "alpha a word": (_config(lora_alpha='"sixteen"'), ("alpha cannot be read", SITES[0])),
+    "a pattern without end": (_config(alpha_pattern='{"(a|a)*b": 1}'), ("(a|a)*b", "repeats a group")),
+    "a pattern of many ways": (_config(alpha_pattern='{".*.*.*.*.*x": 1}'), (".*.*.*.*.*x", "too many")),
+    "a deep configuration": (_config(x="[" * 100_000), ("nested too deeply", CONFIG)),
+    "a pickle": (_pickled, ("pickle", "to do", "torch.load", "weights_only=True")),
+    "a name that leads out": (_named("../../x"), ("../../x", "no name", WEIGHTS)),
+    "an absolute name": (_named("/etc/x"), ("/etc/x", "no name", WEIGHTS)),
+    "a name with control characters": (_named("\x1b[2J"), ("no name", WEIGHTS)),
+    "another base by its digest": (_note('{"backbone": {"digest": "other"}}'), ("different base models", "other")),
+    "another base by its shape": (_wide, ("do not fit together", SITES[0], "(6, 9)")),
+    "a digest that is a list": (_note('{"backbone": {"digest": [1]}}'), ("not lingraft's", SIDECAR)),
+}
+
+
+@pytest.mark.parametrize("layers", ["true", "0", "-1", "3", "1" + "0" * 15, "2.0", '"2"', "null"])
+def test_a_prefix_whose_number_of_layers_is_none_is_refused(whole: Path, tmp_path: Path, layers: str) -> None:
+    folder = tmp_path / "task"
+    shutil.copytree(whole / "prefix" / "F32-1" / "task", folder)
+    set_texts(folder / CONFIG, {"num_layers": layers})
+    with pytest.raises(LingraftError) as caught:
+        inspect_folders([folder], True)
+    _clear(caught.value)
+
+
+@pytest.mark.parametrize("part", ["task", "target", "source"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_command_line_refuses_in_one_message(whole: Path, tmp_path: Path, name: str, part: str) -> None:
+    spoil, words = REFUSED[name]
+    here = tmp_path / "here"
+    shutil.copytree(whole / "lora" / "F32-1", here)
+    spoil(here / part)
+    before = snapshot(here)
+    arguments = ["merge", "--weight", "0.7", "--out", str(here / "out")]
+    for option, folder in zip(("--task", "--target-ref", "--source-ref"), NAMES, strict=True):
+        arguments += [option, str(here / folder)]
+    with in_time(SECONDS):
+        result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.count("error: ") == 1
+    assert "Traceback" not in result.output and "unexpected" not in result.output
+    assert result.stdout == ""
+    for word in words:
+        assert word in result.stderr
+    assert snapshot(here) == before
+    assert {p.name for p in here.iterdir() if p.name.startswith(".")} <= {".out.lock", ".out.partial"}

@@ -9,8 +9,10 @@ from typing import Any
 import click
 
 from lingraft import merging
-from lingraft.adapter import Adapter, Divergence, base_digest, content_digest, is_divergence
+from lingraft.adapter import Adapter, content_digest, is_divergence
+from lingraft.divergence import Divergence
 from lingraft.errors import UserError
+from lingraft.fitting import base_digest
 from lingraft.merging import Combination, Graft, divergence_of, similarity
 from lingraft.store import appearing, write_json
 

@@ -12,7 +12,7 @@ from array_api_compat import array_namespace
 
 from lingraft.algebra import Array, Site
 from lingraft.errors import AdapterError
-from lingraft.families.lora import LoraProduct, in_units
+from lingraft.families.lora import LoraProduct, in_units, thin_svd
 from lingraft.families.sparse import aligned
 
 Numbers = Callable[[str, Sequence[Array]], Array]
@@ -146,7 +146,7 @@ def knots(sites: Sequence[Site], weights: Sequence[float], density: float = 0.2)
         rank = int(site.tensors["A"].shape[0])
         columns.append(r_b[:, start : start + rank] @ xp.matrix_transpose(r_a))
         start += rank
-    u, s, v = xp.linalg.svd(xp.concat(columns, axis=1), full_matrices=False)
+    u, s, v = thin_svd(xp, xp.concat(columns, axis=1))
     parts, start = [], 0
     for q_a, r_a in inner:
         width = int(r_a.shape[0])

@@ -60,7 +60,8 @@ def relative(x: Array, y: Array, floor: float) -> Array:
     """`(x − y) / y`, with a denominator of at least `floor` in size; so it is 0 where x = y, whatever y is."""
     xp = array_namespace(x, y)
     least = xp.where(y < 0, xp.full_like(y, -floor), xp.full_like(y, floor))
-    return (x - y) / xp.where(xp.abs(y) < floor, least, y)
+    divisor = xp.where(xp.abs(y) < floor, least, y)
+    return x / divisor - y / divisor  # x − y may overflow
 
 
 @dataclass(frozen=True)

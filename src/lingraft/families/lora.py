@@ -197,7 +197,7 @@ def compress(x: Site, out_rank: int) -> tuple[Site, float]:
 def _by_gram(xp: Any, a: Array, b: Array, k: int) -> tuple[Array, Array, Array] | None:
     """Factors of rank k and all singular values; None where a kept one is tiny beside the factors, and so not exact."""
     half_a, half_b = _root(xp, a @ a.T), _root(xp, b.T @ b)
-    u, s, v = _svd(xp, half_b.T @ half_a)
+    u, s, v = thin_svd(xp, half_b.T @ half_a)
     if not s[k - 1] > 1e-5 * xp.linalg.vector_norm(half_a) * xp.linalg.vector_norm(half_b):
         return None
     root = xp.sqrt(s[:k])
@@ -207,7 +207,7 @@ def _by_gram(xp: Any, a: Array, b: Array, k: int) -> tuple[Array, Array, Array] 
 def _by_qr(xp: Any, a: Array, b: Array, k: int) -> tuple[Array, Array, Array]:
     q_b, r_b = xp.linalg.qr(b)
     q_a, r_a = xp.linalg.qr(a.T)
-    u, s, v = _svd(xp, r_b @ r_a.T)
+    u, s, v = thin_svd(xp, r_b @ r_a.T)
     root = xp.sqrt(s[:k])
     return (v[:k, :].T * root).T @ q_a.T, q_b @ (u[:, :k] * root), s
 
@@ -218,7 +218,12 @@ def _root(xp: Any, gram: Array) -> Array:
     return vectors * xp.sqrt(xp.clip(values, 0, None))
 
 
-def _svd(xp: Any, core: Array) -> tuple[Array, Array, Array]:
+def thin_svd(xp: Any, core: Array) -> tuple[Array, Array, Array]:
+    """The thin singular value decomposition.
+
+    Raises:
+        AdapterError: A value is NaN, infinite or too large.
+    """
     u, s, v = xp.linalg.svd(_checked(xp, core), full_matrices=False)
     return u, s, v
 

@@ -32,7 +32,9 @@ def _sum(x: Site, y: Site, weight: float) -> Site:
 def _same_weight(x: Site, y: Site) -> None:
     shapes = [tuple(int(n) for n in site.tensors["shape"]) for site in (x, y)]
     if shapes[0] != shapes[1]:
-        raise AdapterError(f"the weights have different shapes, {shapes[0]} and {shapes[1]}")
+        raise AdapterError(
+            f"the weights have different shapes, {shapes[0]} and {shapes[1]}", remedy="give adapters of one base model"
+        )
 
 
 def aligned(sites: Sequence[Site]) -> list[Site]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lingraft.errors import AdapterError
 from lingraft.layouts.bottleneck import BOTTLENECK
-from lingraft.layouts.common import Config, Layout
+from lingraft.layouts.common import Config, Layout, shown
 from lingraft.layouts.ia3 import IA3
 from lingraft.layouts.invertible import INVERTIBLE
 from lingraft.layouts.lora import LORA
@@ -26,4 +26,6 @@ def layout_of(config: Config, where: Path) -> Layout:
         if row.peft_type == kind:
             return row
     known = ", ".join(row.peft_type for row in LAYOUTS.values())
-    raise AdapterError(f"adapters of the type {kind!r} cannot be merged", where=where, remedy=f"known types: {known}")
+    raise AdapterError(
+        f"adapters of the type {shown(kind)!r} cannot be merged", where=where, remedy=f"known types: {known}"
+    )

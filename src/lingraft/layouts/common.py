@@ -1,5 +1,6 @@
 """What all adapter folders in PEFT's layout share: their files, the shape of a site, and what is refused."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +11,13 @@ import numpy as np
 from lingraft.algebra import Site
 from lingraft.errors import AdapterError, StoreError
 from lingraft.store import read_json
-from lingraft.tensors import Spec, TensorFile
+from lingraft.tensors import DTYPES, Spec, TensorFile
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 SIDECAR = "lingraft.json"
 PREFIX = "base_model.model."
+FLOATS = frozenset(DTYPES[kind] for kind in ("F64", "F32", "F16", "BF16"))
 
 Config = Mapping[str, Any]
 Values = Iterator[np.ndarray[Any, Any]]
@@ -156,7 +158,10 @@ class RoleLayout:
             path = name.removeprefix(PREFIX)
             role = next((r for r, suffix in self.suffixes.items() if path.endswith("." + suffix)), None)
             if role is not None:
-                found.setdefault(path.removesuffix("." + self.suffixes[role]), {})[role] = name
+                names = found.setdefault(path.removesuffix("." + self.suffixes[role]), {})
+                if other := names.get(role):
+                    raise AdapterError(f"'{other}' and '{name}' are two tensors for one place", where=tensors.path)
+                names[role] = name
             elif self.marker in name:
                 raise AdapterError(f"tensor '{name}' is of a variant that cannot be merged", where=tensors.path)
             else:
@@ -221,14 +226,48 @@ def check_folder(folder: Path) -> None:
         raise AdapterError(f"this folder has no {WEIGHTS}", where=folder, remedy="give the folder of a PEFT adapter")
 
 
+def shown(value: Any) -> str:
+    """A value out of somebody's file as a message shows it: short, and without what would upset a terminal."""
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+_MOST_DIMENSIONS, _LONGEST_NAME, _LARGEST_SIZE, _DEEPEST = 16, 500, 1 << 40, 50
+
+
+def check_tensors(tensors: TensorFile) -> None:
+    """Makes sure that a file's tensors have names and shapes that a module's can have, those of a head as well.
+
+    Raises:
+        AdapterError: A name leads elsewhere or cannot be printed, or a shape is out of all proportion.
+    """
+    for name in tensors.names:
+        if len(name) > _LONGEST_NAME or not name.isprintable() or "" in name.split(".") or "/" in name or "\\" in name:
+            raise AdapterError(f"{name[:80]!r} is no name of a module's tensor", where=tensors.path, remedy=_AGAIN)
+        shape = tensors.shape(name)
+        if len(shape) > _MOST_DIMENSIONS or max(shape, default=0) > _LARGEST_SIZE:
+            raise AdapterError(f"tensor '{name}' has the shape {shown(shape)}", where=tensors.path, remedy=_AGAIN)
+
+
+_AGAIN = "get the file from where the adapter came from"
+
+
 def _read(path: Path) -> Any:
+    """The contents of a JSON file that can be written again."""
     try:
-        return read_json(path)
-    except (StoreError, RecursionError) as error:
+        value = read_json(path)
+        level = [value]
+        for _ in range(_DEEPEST):
+            level = [x for v in level if isinstance(v, dict | list) for x in (v.values() if isinstance(v, dict) else v)]
+        if level:
+            raise StoreError("this file is nested too deeply", where=path)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except StoreError as error:
         # The store's remedy is for what lingraft can make again; an adapter may be the only copy.
-        what = error.what if isinstance(error, StoreError) else "this file is nested too deeply"
-        remedy = "get the file from where the adapter came from"
-        raise AdapterError(what, where=path, remedy=remedy) from None
+        raise AdapterError(error.what, where=path, remedy=_AGAIN) from None
+    except ValueError:
+        raise AdapterError("a value is NaN, infinite, or half a character", where=path, remedy=_AGAIN) from None
+    return value
 
 
 def read_sidecar(folder: Path) -> dict[str, Any] | None:
@@ -240,11 +279,18 @@ def read_sidecar(folder: Path) -> dict[str, Any] | None:
     if not (folder / SIDECAR).is_file():
         return None
     found = _read(folder / SIDECAR)
-    if not isinstance(found, dict) or not isinstance(found.get("backbone") or {}, dict):
+    backbone = found.get("backbone") or {} if isinstance(found, dict) else None
+    if not isinstance(backbone, dict) or not all(
+        _is_note(v) for v in (backbone.get("digest"), found.get("init_sha256"))
+    ):
         raise AdapterError(
             "this file is not lingraft's", where=folder / SIDECAR, remedy="delete it: only the provenance is lost"
         )
     return found
+
+
+def _is_note(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value.isprintable())
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -255,5 +301,5 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     config = _read(folder / CONFIG)
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
-        raise AdapterError("this is not an adapter's configuration", where=folder / CONFIG)
+        raise AdapterError("this is not an adapter's configuration", where=folder / CONFIG, remedy=_AGAIN)
     return config

@@ -4,9 +4,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
-from lingraft.layouts.common import Config, Place, RoleLayout
+from lingraft.layouts.common import Config, Place, RoleLayout, shown
 
 _VARIANTS = (
     "use_qalora",
@@ -40,11 +41,11 @@ def _refused(config: Config) -> dict[str, Any]:
     return {
         "DoRA (use_dora)": config.get("use_dora"),
         "a LoRA bias (lora_bias)": config.get("lora_bias"),
-        f"trained base biases (bias={config.get('bias')!r})": config.get("bias", "none") != "none",
+        f"trained base biases (bias={shown(config.get('bias'))!r})": config.get("bias", "none") != "none",
         "replicated layers": config.get("layer_replication"),
         "target_parameters": config.get("target_parameters"),
         **{name: config.get(name) for name in _VARIANTS},
-        f"an initialisation that changes the base model ({init})": isinstance(init, str)
+        f"an initialisation that changes the base model ({shown(init)})": isinstance(init, str)
         and init.startswith(_CHANGES_BASE),
     }
 
@@ -69,23 +70,62 @@ def _place(module: str, shapes: Mapping[str, tuple[int, ...]], config: Config) -
         raise ValueError(f"factors of shapes {a} and {b} do not multiply")
     try:
         alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-        if not math.isfinite(alpha):
-            raise ValueError(f"it is {alpha}")
+        scaling = alpha / a[0] ** 0.5 if config.get("use_rslora") else alpha / a[0]
+        if not _LEAST <= abs(scaling) <= 1 / _LEAST:
+            raise ValueError(f"{alpha:g} at rank {a[0]} makes a scaling of {scaling:g}")
     except (re.error, AttributeError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"alpha cannot be read ({error})") from None
-    return Place(shapes, alpha / a[0] ** 0.5 if config.get("use_rslora") else alpha / a[0])
+    return Place(shapes, scaling)
 
 
-_REPEATED_REPEAT = re.compile(r"[*+}?][^()]*\)\s*[*+{]")
-"""A repeat within a repeat, whose matching may take time without end."""
+_LEAST = 1e-30
+"""The least size of a scaling: merging divides by it."""
+_WAYS = 10**6
+"""In how many ways the patterns may match one module at most: Python's matching may try them all."""
+_PIECE = re.compile(
+    r"\[\^?(?:[^\\\[\]]|\\[^\d])+\]|\\[^\d]|\(\?:|\((?!\?)|[^\\\[\](){}]|\)|\{\d{1,2}(?:,\d{0,2})?\}", re.DOTALL
+)
+"""What a pattern is made of: characters and classes of them, groups, `*`, `+`, `?`, `{2,3}` and `|`."""
+
+
+@lru_cache(maxsize=4096)
+def _read_pattern(pattern: str) -> tuple[re.Pattern[str], int, int]:
+    """A pattern that matches the end of a module's path; how many of its parts repeat, and how many choices it has besides.
+
+    Raises:
+        ValueError: It repeats a group, or has more than groups, classes, alternatives and repeats.
+    """
+    pieces = _PIECE.findall(pattern) if len(pattern) <= 1000 else []
+    repeats, choices, before = 1, 1, ""  # What stands before the pattern repeats.
+    alternatives = [1]
+    for piece in pieces:
+        if piece[0] == "(":
+            alternatives.append(1)
+        elif piece == ")" and len(alternatives) > 1:
+            choices *= alternatives.pop()
+        elif piece == "|":
+            alternatives[-1] += 1
+        elif piece == ")" or (piece[0] in "*+{" and before == ")"):
+            pieces = []
+            break
+        elif piece == "?":
+            choices *= 2
+        elif piece[0] in "*+{":
+            repeats += 1
+        before = piece
+    if "".join(pieces) != pattern:
+        raise ValueError(f"the pattern {shown(pattern)!r} repeats a group or is too long or no plain pattern")
+    return re.compile(rf"(.*\.)?({pattern})$"), repeats, choices * math.prod(alternatives)
 
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default: float) -> float:
     """The value for a module as PEFT finds it: a pattern matches the end of the path."""
     for pattern, value in (patterns or {}).items():
-        if len(pattern) > 1000 or _REPEATED_REPEAT.search(pattern):
-            raise ValueError(f"the pattern {pattern[:60]!r} repeats a repeat, or is too long")
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        expression, repeats, choices = _read_pattern(pattern)
+        # Each repeat takes some characters of the path: so many ways there are to share them out.
+        if len(patterns or {}) * choices * math.comb(len(module) + repeats, repeats) > _WAYS:
+            raise ValueError(f"the pattern {shown(pattern)!r} has too many repeats and choices")
+        if expression.match(module):
             return float(value)
     return float(default)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from lingraft.algebra import Site
 from lingraft.errors import AdapterError
-from lingraft.layouts.common import Config, Opened, Place, Values
+from lingraft.layouts.common import Config, Opened, Place, Values, shown
 from lingraft.tensors import Spec, TensorFile
 
 TENSOR = "prompt_embeddings"
@@ -38,7 +38,7 @@ class PrefixLayout:
         submodules = config.get("num_transformer_submodules") or 1
         if submodules != 1:
             raise AdapterError(
-                f"this prefix is shared by {submodules} stacks of layers, which a merge by layer cannot tell apart",
+                f"this prefix is shared by {shown(submodules)} stacks of layers, which a merge by layer cannot tell apart",
                 where=where,
                 remedy="train it for the decoder or the encoder alone",
             )
@@ -53,9 +53,10 @@ class PrefixLayout:
             raise AdapterError(f"this file has no tensor '{TENSOR}'", where=tensors.path)
         shape = tensors.shape(TENSOR)
         layers, tokens = config.get("num_layers"), config.get("num_virtual_tokens")
-        if not isinstance(layers, int) or layers < 1 or len(shape) != 2 or shape[0] != tokens or 0 in shape:
+        if type(layers) is not int or layers < 1 or len(shape) != 2 or shape[0] != tokens or 0 in shape:
             raise AdapterError(
-                f"a prefix of shape {shape} does not fit {tokens} virtual tokens in {layers} layers", where=tensors.path
+                f"a prefix of shape {shape} does not fit {shown(tokens)} virtual tokens in {shown(layers)} layers",
+                where=tensors.path,
             )
         width, rest = divmod(shape[1], 2 * layers)
         if rest:

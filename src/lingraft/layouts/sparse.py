@@ -9,7 +9,7 @@ import numpy as np
 
 from lingraft.algebra import Site
 from lingraft.errors import AdapterError
-from lingraft.layouts.common import PREFIX, Config, Opened, Place, RoleLayout, Values
+from lingraft.layouts.common import FLOATS, PREFIX, Config, Opened, Place, RoleLayout, Values
 from lingraft.tensors import Spec, TensorFile
 
 
@@ -45,6 +45,8 @@ class SparseLayout:
         def read(module: str) -> Site:
             site = opened.read(module)
             indices, shape = site.tensors["indices"], site.tensors["shape"]
+            if site.tensors["values"].dtype not in FLOATS:
+                raise AdapterError(f"{module}: the values are not floats", where=tensors.path)
             if indices.dtype != np.int64 or shape.dtype != np.int64 or (shape < 1).any():
                 raise AdapterError(f"{module}: indices and shape must be positive int64", where=tensors.path)
             inside = indices[0] >= 0 and indices[-1] < np.prod(shape, dtype=np.float64)
