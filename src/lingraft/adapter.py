@@ -18,7 +18,6 @@ import numpy as np
 from lingraft.algebra import Site
 from lingraft.digests import digest_file, digest_value
 from lingraft.errors import AdapterError
-from lingraft.fitting import base_digest as base_digest
 from lingraft.layouts import LAYOUTS, layout_of
 from lingraft.layouts.common import (
     CONFIG,
@@ -217,6 +216,12 @@ def merged_sidecar(first: Adapter) -> dict[str, Any]:
     return {k: v for k, v in first.sidecar.items() if k in ("format", "kind", "backbone", "family")}
 
 
+def retargeted(config: Mapping[str, Any], layout: Mapping[str, Place]) -> dict[str, Any]:
+    """PEFT's configuration for these sites and no others: what left some of them out before must not do so now."""
+    narrowing = dict.fromkeys({"exclude_modules", "layers_to_transform", "layers_pattern"} & set(config))
+    return {**config, **narrowing, "target_modules": sorted(layout)}
+
+
 def rebuilt(
     parts: Sequence[Adapter], layout: Mapping[str, Place], read: Callable[[str], Site], notes: Notes
 ) -> Adapter:
@@ -224,7 +229,7 @@ def rebuilt(
     first = parts[0]
     config = first.config
     if set(layout) - set(first.layout):
-        config = {**config, "target_modules": sorted(layout)}
+        config = retargeted(config, layout)
     order = [*first.layout, *sorted(set(layout) - set(first.layout))]
     ordered = {module: layout[module] for module in order}
     sidecar = merged_sidecar(first)

@@ -238,23 +238,34 @@ def divergence(target_ref: Path, source_ref: Path, out: Path, as_json: bool) -> 
 @click.option(
     "--method",
     type=click.Choice(["transfer", "cross", "arimerge", "arimerge-add", "linear", "cat", "ties", "dare", "knots"]),
-    help="transfer: the structure's own rule; cross: the other kind's; arimerge: Zhang et al. 2023; "
-    "the others combine ADAPTER=WEIGHT.  [default: transfer, or linear for ADAPTER=WEIGHT]",
+    help="With --task: transfer, the structure's own rule; cross, the other kind's; arimerge, λT + (1 − λ)(R_t − R_s) as in Zhang "
+    "et al. 2023, so that 1 is the task; arimerge-add, λT + (1 − λ)R_t. With ADAPTER=WEIGHT: linear, number by number; cat, "
+    "effects added exactly; ties, dare, knots, whose weights multiply.  [default: transfer, or linear]",
 )
 @click.option(
     "--space",
     type=click.Choice(["factors", "product", "layer", "flat", "literal", "ratio", "inverse", "difference", "cross"]),
     help="Where it is merged. LoRA: factors (the paper's) or product (exact); prefix: layer, flat or literal.",
 )
-@click.option("--modules", default="all", show_default=True, help="Names or roles, with commas: q_proj,attention.value")
+@click.option(
+    "--modules",
+    default="all",
+    show_default=True,
+    help="Which sites, the others stay the task's: names, roles, layers, with commas: q_proj,attention.value&layer:0-5",
+)
 @click.option("--out-rank", type=click.IntRange(min=1), help="Compress to this rank (LoRA, product space).")
 @click.option("--floor", type=float, help="Least size of a denominator, where the rule divides.")
 @click.option("--bound", type=float, help="Greatest size of a ratio, where the rule divides.")
 @click.option("--rcond", type=float, help="Singular values below this share of the greatest count as zero.")
-@click.option("--density", type=float, default=0.2, show_default=True, help="ties, knots: share of numbers kept.")
-@click.option("--drop", type=float, default=0.9, show_default=True, help="dare: share of numbers dropped.")
-@click.option("--seed", type=int, default=0, show_default=True, help="dare: draws what is dropped.")
-@click.option("--verify", is_flag=True, help="Print ‖ΔW_out − ΔW_expected‖ / ‖ΔW_expected‖.")
+@click.option("--density", type=float, help="ties, knots: share of numbers kept.  [default: 0.2]")
+@click.option("--drop", type=float, help="dare: share of numbers dropped.  [default: 0.9]")
+@click.option("--seed", type=int, help="dare: draws what is dropped.  [default: 0]")
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Print ‖out − expected‖ / ‖expected‖ against float64 (of weight updates ΔW for LoRA); after --out-rank that is what "
+    "the compression lost.",
+)
 @click.option("--out", type=FOLDER, required=True)
 @verb
 def merge(**options: Any) -> Any:

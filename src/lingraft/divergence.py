@@ -21,12 +21,13 @@ from lingraft.adapter import (
     open_adapter,
     part_of,
     rebuilt,
+    retargeted,
 )
 from lingraft.algebra import Family, Site, transfer
 from lingraft.errors import AdapterError
 from lingraft.families import FAMILIES, family, own_space
 from lingraft.families.lora import compress, unstack
-from lingraft.families.prefix import PrefixFlat
+from lingraft.families.prefix import Prefix
 from lingraft.fitting import check_fit
 from lingraft.layouts.common import SIDECAR
 from lingraft.layouts.lora import place as lora_place
@@ -69,7 +70,8 @@ class Divergence:
             space: Where the structure is merged; None for its own rule. LoRA: `factors` (the paper's), `product` (exact in the
                 weight update). `cross`: the other kind of structure's rule.
             modules: Which sites are merged, by name, role or `layer:0-5`; the others stay the task's.
-            rules: Weights of their own for some of the sites, by the same names; later ones win.
+            rules: Weights of their own for some of the sites, by the same names, not multiplied with the divergence's; later
+                ones win.
             out_rank: The rank to compress to, in product space.
             **guards: `floor`, `bound` (ratios) or `rcond` (pseudo-inverses) of the rule.
 
@@ -78,13 +80,17 @@ class Divergence:
         """
         rule = family(task.structure, space, **guards)
         exact = rule.name == "lora/product"
-        check_rank(out_rank, exact)
+        check_rank(out_rank, exact, can=task.structure == "lora")
         named = {"task": task, "target reference": self.target_ref, "source reference": self.source_ref}
         sites = roles.select(list(dict.fromkeys(m for a in named.values() for m in a.layout)), modules)
-        check_fit(named, sites, any_rank=exact)
         weights = {m: w for m, w in roles.weights(sites, self.weight, rules).items() if w != 0}
+        check_fit(named, weights or sites, any_rank=exact)
+        if exact:  # Where neither reference has a site, nothing is added: it stays as it is.
+            known = {*self.target_ref.layout, *self.source_ref.layout}
+            weights = {m: w for m, w in weights.items() if m in known}
         if not weights:
             return task
+        warn_of_lost_heads(named)
         if not exact:
             warn_of_unlike_starts(named)
         return _transferred(rule, task, self.target_ref, self.source_ref, weights, out_rank)
@@ -155,7 +161,7 @@ class Divergence:
             dtype = common([dtype, np.dtype(np.float32)])
         config = {**target.config, "modules_to_save": None}  # heads have no divergence
         if set(layout) != set(target.layout):
-            config["target_modules"] = sorted(layout)
+            config = retargeted(config, layout)
         return Adapter("lora", config, layout, dtype, sidecar, read)
 
     @classmethod
@@ -197,20 +203,39 @@ class Divergence:
         return cls(part(0), part(1))
 
 
-def check_rank(out_rank: int | None, exact: bool) -> None:
+def check_rank(out_rank: int | None, exact: bool, *, can: bool) -> None:
     """Makes sure that an output rank can be had.
+
+    Args:
+        out_rank: The rank asked for.
+        exact: Whether the merge is of weight updates.
+        can: Whether it could be.
 
     Raises:
         AdapterError: It cannot.
     """
     if out_rank is not None and not exact:
         raise AdapterError(
-            "an output rank needs LoRA's product space", remedy="add --space product, or leave --out-rank out"
+            "only a merge of LoRA's weight updates has an output rank",
+            remedy="add --space product, or leave --out-rank out" if can else "leave --out-rank out",
         )
     if out_rank is not None and out_rank < 1:
         raise AdapterError(
             f"an output rank must be at least 1, not {out_rank}", remedy="leave --out-rank out to keep all"
         )
+
+
+def warn_of_lost_heads(named: Mapping[str, Adapter]) -> None:
+    """Warns where a reference holds trained tensors besides its sites that the task has not: a merge does not take them."""
+    (_, task), *references = named.items()
+    for who, reference in references:
+        lost = sorted(set(reference.others) - set(task.others))
+        if lost:
+            warnings.warn(
+                f"the {who} also holds {len(lost)} tensors that no merge takes, first {lost[0]}: heads come from the task",
+                AdapterWarning,
+                stacklevel=4,
+            )
 
 
 def kept_rank(rank: int, shape: tuple[int, int], out_rank: int | None) -> int:
@@ -257,7 +282,7 @@ def _transferred(
     def read(module: str) -> Site:
         if module not in weights:
             return task.read(module)
-        if isinstance(rule, PrefixFlat):
+        if isinstance(rule, Prefix) and rule.whole:
             return rule.apply(task.site(module), rule.scale(one_for_all(), weights[module]))
         t, r_t, r_s = (part_of(a, module, shapes[module]) if exact else look(a, module) for a in parts)
         if changed := rule.guarded(r_t, r_s):

@@ -76,7 +76,10 @@ def check_fit(named: Mapping[str, Described], sites: Iterable[str], *, any_rank:
         for who, adapter in named.items():
             absent = [m for m in chosen if m not in adapter.layout]
             if absent:
-                problems.append(f"the {who} lacks {len(absent)} sites, first {absent[0]}")
+                hint = ", and --space product takes it for no change" if first.structure == "lora" else ""
+                problems.append(
+                    f"the {who} lacks {len(absent)} sites, first {absent[0]} (--modules leaves sites as they are{hint})"
+                )
     for module in chosen:
         having = {who: a.layout[module] for who, a in named.items() if module in a.layout}
         problems += _unequal(module, having, first.structure, any_rank, any_size)

@@ -1,7 +1,8 @@
 """A merge on a loaded model whose weight λ can be changed in place, for all sites at once.
 
-Every merge rule but compression is a straight line in λ: `start + λ · slope`. Both are computed once, by the same rules that
-merge files; then a change of λ is one multiply-add over one block of memory that all the adapter's parameters share.
+Every merge but a compressed one and the prefix rule as printed is a straight line in λ, `start + λ · slope`. Both are computed
+once, by the same rules that merge files; then a change of λ is one multiply-add over one block of memory that all the adapter's
+parameters share.
 """
 
 from collections.abc import Iterator, Mapping
@@ -48,7 +49,7 @@ class LiveGraft:
         graft: How they are merged; its weight is where λ begins.
 
     Raises:
-        AdapterError: The merge is compressed, so no line in λ, or the parameters are not the adapter's.
+        AdapterError: The merge is no line in λ (compressed, or `literal`), or the parameters are not the adapter's.
     """
 
     def __init__(
@@ -115,6 +116,8 @@ def line(graft: Graft, task: Adapter, divergence: Divergence) -> tuple[Arrays, A
     for name, end in one.items():
         begin = zero.get(name)
         if begin is None or begin.shape != end.shape:
+            if task.structure != "lora":
+                raise AdapterError(f"{name} has another shape at λ = 0, so its weight cannot be changed in place")
             # LoRA's product space: at 0 the stack has no part of the references yet; the task's columns come first.
             begin = end.copy()
             if name.endswith("lora_B.weight"):

@@ -69,7 +69,11 @@ class Graft:
         if self.method not in GRAFTS:
             raise UserError(f"unknown method '{self.method}'", remedy=suggestion(self.method, GRAFTS))
         if self.method.startswith("arimerge"):
-            if self.space is not None or self.out_rank is not None or any((self.guards or {}).values()):
+            if (
+                self.space is not None
+                or self.out_rank is not None
+                or any(g is not None for g in (self.guards or {}).values())
+            ):
                 raise UserError("AriMerge has no space, output rank or guard", remedy="leave these options out")
             return arimerge(
                 task,
@@ -139,7 +143,9 @@ def arimerge(
         AdapterError: The adapters do not fit together, or their structure has no analogy.
     """
     target, source = divergence.target_ref, divergence.source_ref
-    named = {"task": task, "target reference": target, "source reference": source}
+    if divergence.weight != 1:
+        raise AdapterError("AriMerge takes the references as they are, not a weighted divergence")
+    named = {"task": task, "target reference": target, **({} if added else {"source reference": source})}
     analogies = {"lora": lora.analogy, "ia3": ia3.analogy}
     if not added and task.structure not in analogies:
         raise AdapterError(
@@ -170,7 +176,7 @@ class Combination:
 
     Attributes:
         method: One of `COMBINATIONS`.
-        space: For LoRA and `linear`: `factors`, or `product`, which is `cat`.
+        space: For LoRA: `factors`, where numbers are combined, or for `linear` `product`, which is `cat`.
         modules: Which sites are combined; the others stay the first adapter's.
         out_rank: The rank to compress to, where the result is exact in the weight update.
         density: The share of numbers that TIES and KnOTS keep.
@@ -197,7 +203,7 @@ class Combination:
         first = adapters[0]
         structure = first.structure
         stacking = structure == "lora" and (self.method in ("cat", "knots") or self.space == "product")
-        check_rank(self.out_rank, stacking)
+        check_rank(self.out_rank, stacking, can=structure == "lora" and self.method == "linear")
         named = {f"adapter {n + 1}": adapter for n, adapter in enumerate(adapters)}
         sites = roles.select(list(dict.fromkeys(m for a in adapters for m in a.layout)), self.modules)
         check_fit(named, sites, any_rank=stacking, any_size=self.method == "cat")
@@ -236,7 +242,8 @@ class Combination:
             raise AdapterError("a weight must be a finite number")
         if not 0 < self.density <= 1 or not 0 <= self.drop < 1:
             raise UserError("the density is above 0 and at most 1, the share dropped at least 0 and below 1")
-        if self.space not in (None, "factors", "product") or (self.space == "product" and self.method != "linear"):
+        spaces = {"linear": ("factors", "product"), "ties": ("factors",), "dare": ("factors",)}.get(self.method, ())
+        if self.space not in (None, *spaces):
             raise UserError(f"'{self.method}' has no space '{self.space}'", remedy="leave --space out")
         structure = adapters[0].structure
         if self.space is not None and structure != "lora":

@@ -19,7 +19,7 @@ class Method:
         adapter: What is evaluated: nothing, the task's adapter in the `source` or the `target` language, one trained on the
             source's task `sequential`ly after the target's reference task, or a `graft`.
         references: For a graft, whose difference is added: the reference adapter of the target, the source or another language,
-            or the `initial` adapter, which is zero.
+            or the `initial` adapter, which is untrained (LoRA: an update of zero).
         space: For a graft, where it is merged; None for the structure's own rule.
     """
 

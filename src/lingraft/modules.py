@@ -90,6 +90,9 @@ class BottleneckConfig(PeftConfig):
 class BottleneckLayer(nn.Module, BaseTunerLayer):
     """A linear layer with bottleneck adapters behind it.
 
+    A new adapter's `up` is zero, so that it changes nothing. lingraft trains from small weights in both layers instead, which
+    can be inverted when they are merged.
+
     Args:
         base_layer: The linear layer; its own weights are not touched.
         adapter_name: The name of the first adapter.

@@ -102,6 +102,9 @@ def _fill(cache: Any, prefix: torch.Tensor, shape: tuple[int, int, int], batch: 
 def in_front(model: Any, prefix: torch.Tensor) -> Iterator[None]:
     """Puts a prefix in front of whatever the model reads, in all its layers.
 
+    Texts of a batch may be padded on either side; in layers with a window, padding between prefix and text counts towards it.
+    A cache that is handed in together with `use_cache=False` is not read: generation hands back the one of the step before.
+
     Args:
         model: A causal language model.
         prefix: Virtual tokens × (layers · 2 · heads · width); gradients flow into it.
@@ -121,6 +124,7 @@ def in_front(model: Any, prefix: torch.Tensor) -> Iterator[None]:
             remedy="use the base model the adapter was trained on",
         )
     config = model.config.get_text_config()
+    takes = inspect.signature(model.base_model.forward).parameters
 
     def before(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if module.training and _recomputes(model):
@@ -131,7 +135,7 @@ def in_front(model: Any, prefix: torch.Tensor) -> Iterator[None]:
         bound = inspect.signature(module.forward).bind_partial(*args, **given)
         kwargs = {k: v for k, v in bound.arguments.items() if k != "kwargs"} | bound.arguments.get("kwargs", {})
         read = kwargs.get("input_ids")
-        batch, device = (read if read is not None else kwargs["inputs_embeds"]).shape[0], prefix.device
+        batch, length = (read if read is not None else kwargs["inputs_embeds"]).shape[:2]
         cache = kwargs.get("past_key_values")
         # Without caching the whole text comes again each time; the model still hands back the cache it was given.
         if cache is None or kwargs.get("use_cache") is False:
@@ -142,9 +146,13 @@ def in_front(model: Any, prefix: torch.Tensor) -> Iterator[None]:
         if isinstance(mask, torch.Tensor):
             if mask.dim() != 2:
                 raise AdapterError("a prefix needs an attention mask of batch × length, or none")
-            kwargs["attention_mask"] = torch.cat([mask.new_ones(batch, tokens).to(device), mask], dim=1)
-        # The text stands behind the prefix: its positions follow from what the cache holds.
+            if mask.shape[1] != cache.get_seq_length() + length:  # PEFT's own forward has widened it already.
+                mask = torch.cat([mask.new_ones(batch, tokens), mask], dim=1)
+            kwargs["attention_mask"] = mask
+        # The text stands behind the prefix, wherever it is padded.
         kwargs |= {"past_key_values": cache, "position_ids": None}
+        if isinstance(mask, torch.Tensor) and "position_ids" in takes:
+            kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
         kwargs.pop("cache_position", None)
         return (), kwargs
 

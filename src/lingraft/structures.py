@@ -16,6 +16,7 @@ from lingraft.config import AdapterConfig
 from lingraft.errors import AdapterError
 from lingraft.layouts.common import PREFIX
 from lingraft.layouts.prefix import TENSOR, site_name
+from lingraft.modules import INITIAL_STD
 from lingraft.prefixes import attention_shape, keys_and_values
 from lingraft.tasks.reference import bundled_text
 
@@ -29,8 +30,6 @@ BOTTLENECK_ROLES = {
     "houlsby": ("attention.output", "feed_forward.output"),
 }
 """The layers whose output a bottleneck adapter changes, before the residual is added."""
-INITIAL_DEVIATION = 0.02
-
 Fresh = tuple[dict[str, Any], dict[str, torch.Tensor]]
 """PEFT's configuration, and the initial tensors by PEFT's names, in float32."""
 
@@ -119,7 +118,7 @@ def _bottleneck(backbone: "Backbone", config: AdapterConfig, seed: int) -> Fresh
         sizes[module] = size = max(1, int(width / config.reduction))
         rng = _drawn("init", backbone, module, size, seed)
         for name, shape in (("down", (size, width)), ("up", (width, size))):
-            values = rng.normal(0, INITIAL_DEVIATION, size=shape).astype(np.float32)
+            values = rng.normal(0, INITIAL_STD, size=shape).astype(np.float32)
             found[f"{PREFIX}{module}.bottleneck_{name}.weight"] = torch.from_numpy(values)
             found[f"{PREFIX}{module}.bottleneck_{name}.bias"] = torch.zeros(shape[0])
     if len(set(sizes.values())) > 1:

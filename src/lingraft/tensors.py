@@ -120,7 +120,9 @@ class TensorFile:
         try:
             return raw.view(dtype).reshape(shape)
         except ValueError as error:  # numpy has at most 64 axes, each of a size it can count to.
-            raise AdapterError(f"tensor '{name}' has a shape that numpy cannot hold ({error})", where=self.path) from None
+            raise AdapterError(
+                f"tensor '{name}' has a shape that numpy cannot hold ({error})", where=self.path
+            ) from None
 
     def _pread(self, into: np.ndarray[Any, Any], offset: int) -> int:
         """Reads at a place of the file; several threads may."""

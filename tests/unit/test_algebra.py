@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 from lingraft.algebra import Law, Site, transfer
 from lingraft.errors import AdapterError, UserError
 from lingraft.families import FAMILIES, family
-from lingraft.families.lora import LoraFactors, LoraProduct, compress, effect, inner_product, rank, unstack
+from lingraft.families.lora import LoraFactors, LoraProduct, compress, effect, inner_product, unstack
 from tests.unit.largest import Largest
 
 NUMBERS = st.floats(-8, 8, width=32)
@@ -253,7 +253,7 @@ def test_factors_space_refuses_unequal_ranks_and_says_which_space_takes_them(ran
 def test_product_space_is_the_formula_on_weight_updates(ranks: tuple[int, ...]) -> None:
     task, t, s = gaussian_sites(1, 4, 5, ranks)
     merged = transfer(LoraProduct(), task, t, s, 0.7)
-    assert rank(merged) == sum(ranks)
+    assert merged.tensors["A"].shape[0] == sum(ranks)
     np.testing.assert_allclose(dense(merged), dense(task) + 0.7 * (dense(t) - dense(s)), rtol=0, atol=1e-13)
     np.testing.assert_allclose(effect(merged), dense(merged), rtol=0, atol=1e-13)
 
@@ -328,7 +328,7 @@ def test_compress_in_torch_equals_numpy() -> None:
 def test_unstack_undoes_the_difference(ranks: tuple[int, int]) -> None:
     x, y = gaussian_sites(9, 5, 6, ranks)
     first, second = unstack(LoraProduct().difference(x, y), ranks[0])
-    assert (rank(first), rank(second)) == ranks
+    assert (first.tensors["A"].shape[0], second.tensors["A"].shape[0]) == ranks
     np.testing.assert_allclose(dense(first), dense(x), atol=1e-13)
     np.testing.assert_allclose(dense(second), dense(y), atol=1e-13)
 

@@ -308,3 +308,23 @@ def test_every_verb_has_help_json_and_debug(verb: str):
     assert result.exit_code == 0
     assert "--json" in result.stdout
     assert "--debug" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["a=1", "b=1", "--density", "0.5"], "--density: not for linear"),
+        (["a=1", "b=1", "--method", "ties", "--seed", "3"], "--seed: not for ties"),
+        (["a=1", "--floor", "0"], "--floor: not for combining"),
+        (["a=1", "--weight-of", "layer:0=1"], "--weight-of: not for combining"),
+        (["--task", "t", "--weight", "1", "--drop", "0.5"], "--drop: not for a transfer"),
+        (["--weight", "1", "--target-ref", "x", "--source-ref", "y"], "--task missing"),
+        (["a=heavy"], "'a=heavy' is not ADAPTER=NUMBER"),
+        (["--method", "cat"], "nothing to combine"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(here: Path, arguments: list[str], named: str):
+    result = lingraft("merge", "--out", "out", *arguments)
+    assert result.exit_code == 2
+    assert named in result.stderr
+    assert not (here / "out").exists()

@@ -486,7 +486,7 @@ def test_knots_is_for_lora(tmp_path: Path, structure: str) -> None:
         ((1, 1), {"method": "tie"}, "unknown method 'tie'"),
         ((1, 1), {"space": "cross"}, "has no space 'cross'"),
         ((1, 1), {"method": "cat", "space": "product"}, "'cat' has no space 'product'"),
-        ((1, 1), {"out_rank": 2}, "product space"),
+        ((1, 1), {"out_rank": 2}, "--space product"),
         ((1, 1), {"method": "cat", "out_rank": 0}, "at least 1"),
     ],
 )
@@ -744,3 +744,52 @@ def test_rank_factors_of_a_combination_are_those_of_its_parts(tmp_path: Path) ->
         (a_1, b_1), (a_2, b_2) = (factors_of(folder, module) for folder in folders)
         assert np.array_equal(a, np.concatenate([a_1, a_2]))
         np.testing.assert_allclose(b, np.concatenate([2 * b_1, -b_2], axis=1), rtol=1e-6)
+
+
+# What a merge must not do in silence
+
+
+def test_sites_that_are_added_are_not_excluded_any_more(tmp_path: Path) -> None:
+    few = {m: s for m, s in SHAPES.items() if not m.endswith("k_proj")}
+    narrow = {"target_modules": "all-linear", "exclude_modules": ["k_proj"], "layers_to_transform": None}
+    task = write_adapter(tmp_path / "task", 1, shapes=few, **narrow)
+    target, source = (write_adapter(tmp_path / name, n) for n, name in ((2, "target"), (3, "source")))
+    loaded = [Adapter.load(folder) for folder in (task, target, source)]
+    loaded[0].save(tmp_path / "same")
+    assert set(peft_deltas(tmp_path / "same")) == set(few)
+    (loaded[1] - loaded[2]).onto(loaded[0], space="product").save(tmp_path / "grafted")
+    Combination("cat").of(loaded, [1, 1, -1]).save(tmp_path / "cat")
+    (loaded[0] - loaded[1]).save(tmp_path / "divergence")
+    updates = [updates_of(folder) for folder in (task, target, source)]
+    for out in ("grafted", "cat"):
+        found = peft_deltas(tmp_path / out)
+        assert set(found) == set(SHAPES)
+        for m in SHAPES:
+            assert close(found[m], updates[0].get(m, 0) + updates[1][m] - updates[2][m], 1e-6)
+    assert set(peft_deltas(tmp_path / "divergence")) == set(SHAPES)
+
+
+@pytest.mark.parametrize("method", ["cat", "knots"])
+def test_a_method_that_is_exact_has_no_factors_space(tmp_path: Path, method: str) -> None:
+    adapter = Adapter.load(write_adapter(tmp_path / "a", 1, shapes=FEW))
+    with pytest.raises(UserError, match="has no space 'factors'"):
+        Combination(method, space="factors").of([adapter], [1.0])
+
+
+def test_the_heads_of_references_are_missed_aloud(tmp_path: Path) -> None:
+    head = {f"{PREFIX}embed_tokens.weight": np.ones((4, 3), np.float32)}
+    task, source = (Adapter.load(write_adapter(tmp_path / name, 1, shapes=FEW)) for name in ("t", "s"))
+    target = Adapter.load(write_adapter(tmp_path / "r", 2, shapes=FEW, others=head))
+    with pytest.warns(AdapterWarning, match="target reference also holds 1 tensors"):
+        (target - source).onto(task)
+
+
+def test_a_density_keeps_one_number_at_least() -> None:
+    x = np.array([0.5, -2.0, 1.0])
+    assert combining.trimmed(x, 0.01).tolist() == [0.0, -2.0, 0.0]
+
+
+def test_arimerge_takes_no_weighted_divergence(tmp_path: Path) -> None:
+    a, b, c = (Adapter.load(write_adapter(tmp_path / str(n), n, shapes=FEW)) for n in range(3))
+    with pytest.raises(AdapterError, match="not a weighted divergence"):
+        Graft(0.5, "arimerge").onto(a, 2 * (b - c))

@@ -185,7 +185,7 @@ def test_a_prefix_is_multiplied_from_the_left_by_target_times_inverse_source(lib
             expected[role] = (np.eye(m) + weight * (d - np.eye(m))) @ t
             literal[role] = weight * d @ t
         there = [site.map(LIBRARIES[library]) for site in sites]
-        assert_equal(transfer(prefix.PrefixByLayer(), *there, weight), expected, 1e-11)
+        assert_equal(transfer(prefix.BY_LAYER, *there, weight), expected, 1e-11)
         assert_equal(transfer(prefix.PrefixLiteral(), *there, weight), literal, 1e-11)
 
     holds()
@@ -201,10 +201,10 @@ def test_the_flat_factor_is_one_of_all_tensors_side_by_side(seed: int, weight: f
     r_t, r_s = (np.concatenate(list(site.tensors.values()), axis=1) for site in (target, source))
     factor = np.eye(4) + weight * (r_t @ np.linalg.pinv(r_s) - np.eye(4))
     expected = {role: factor @ t for role, t in task.tensors.items()}
-    merged = transfer(prefix.PrefixFlat(), task, target, source, weight)
+    merged = transfer(prefix.FLAT, task, target, source, weight)
     assert_equal(merged, expected, 1e-11)
     assert list(merged.tensors) == list(task.tensors)
-    by_layer = transfer(prefix.PrefixByLayer(), task, target, source, weight)
+    by_layer = transfer(prefix.BY_LAYER, task, target, source, weight)
     assert np.abs(by_layer.tensors["2.key"] - merged.tensors["2.key"]).max() > 1e-3 * weight
 
 
@@ -213,7 +213,7 @@ def test_with_equal_references_the_left_form_returns_the_task_and_the_right_form
     for seed in range(10):
         task, reference, _ = three(lambda n: {"key": normal(n, 8, 64)}, 10 * seed)
         t, r = task.tensors["key"], reference.tensors["key"]
-        ours = transfer(prefix.PrefixByLayer(), task, reference, reference, 1.0).tensors["key"]
+        ours = transfer(prefix.BY_LAYER, task, reference, reference, 1.0).tensors["key"]
         assert np.linalg.norm(ours - t) <= 1e-15 * np.linalg.norm(t)
         errors.append(np.linalg.norm(t @ (np.linalg.pinv(r) @ r) - t) / np.linalg.norm(t))
     assert np.mean(errors) == pytest.approx(0.93, abs=0.02)  # √(1 − 8/64)
@@ -293,7 +293,7 @@ def poor_sites(rule: Any, values: list[float]) -> tuple[Site, Site, Site]:
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-@pytest.mark.parametrize("rule", [prefix.PrefixByLayer(), prefix.PrefixFlat(), bottleneck.Bottleneck()], ids=str)
+@pytest.mark.parametrize("rule", [prefix.BY_LAYER, prefix.FLAT, bottleneck.Bottleneck()], ids=str)
 @pytest.mark.parametrize(("values", "cut"), POOR.values(), ids=POOR)
 def test_a_poor_source_reference_does_no_harm(rule: Any, values: list[float], cut: int, dtype: Any) -> None:
     task, target, source = (site.map(lambda t: t.astype(dtype)) for site in poor_sites(rule, values))
@@ -301,7 +301,7 @@ def test_a_poor_source_reference_does_no_harm(rule: Any, values: list[float], cu
         same = transfer(rule, task, source, source, weight)
         assert_equal(same, dict(task.tensors), 1e-14 if dtype is np.float64 else 1e-6)
     matrices = [r for r, t in source.tensors.items() if t.ndim == 2]
-    if not isinstance(rule, prefix.PrefixFlat):
+    if rule is not prefix.FLAT:
         assert rule.guarded(target, source) == cut * len(matrices)
     delta = rule.difference(target, source)
     for role, factor in delta.tensors.items():
@@ -330,7 +330,7 @@ def test_the_cut_of_the_pseudo_inverse_is_an_option(rcond: float, cut: int) -> N
 def test_where_the_source_says_nothing_the_task_stays() -> None:
     task, target, _ = three(prefix_of(3, 12), 2)
     nothing = task.map(np.zeros_like)
-    assert_equal(transfer(prefix.PrefixByLayer(), task, target, nothing, 1.5), dict(task.tensors), 0)
+    assert_equal(transfer(prefix.BY_LAYER, task, target, nothing, 1.5), dict(task.tensors), 0)
 
 
 # The other kinds' rules

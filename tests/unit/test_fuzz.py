@@ -49,8 +49,8 @@ GRAFTS = ("transfer", "cross", "arimerge", "arimerge-add")
 COMBINATIONS = ("linear", "cat", "ties", "dare", "knots")
 NO_OPTIONS: dict[str, Any] = {
     **dict.fromkeys(("task", "target_ref", "source_ref", "divergence_dir", "weight", "method", "space", "out_rank")),
-    **dict.fromkeys(("floor", "bound", "rcond")),
-    **{"rules": (), "modules": "all", "density": 0.5, "drop": 0.5, "seed": 0},
+    **dict.fromkeys(("floor", "bound", "rcond", "density", "drop", "seed")),
+    **{"rules": (), "modules": "all"},
 }
 
 

@@ -174,6 +174,22 @@ def test_in_product_space_sites_that_the_task_lacks_are_grafted_too(
             assert_close(logits(tiny), expected[weight])
 
 
+def test_in_product_space_sites_that_no_reference_has_stay_the_tasks(tiny: Backbone, tmp_path: Path) -> None:
+    few = {m: s for m, s in SHAPES.items() if m.endswith(("q_proj", "v_proj"))}
+    task = Adapter.load(write_structure(tmp_path / "all", "lora", 9, shapes=SHAPES, lora_alpha=1))
+    assert {place.scaling for place in task.layout.values()} != {1.0}
+    target, source = (Adapter.load(write_structure(tmp_path / str(n), "lora", n, shapes=few)) for n in (1, 2))
+    graft = Graft(0.4, space="product")
+    merged = graft.onto(task, target - source)
+    for module in set(SHAPES) - set(few):
+        assert merged.layout[module] == task.layout[module]
+    expected = {w: with_merge(tiny, replace(graft, weight=w), task, target - source) for w in (0.0, 0.4, 1.0)}
+    with grafted(tiny, task, target - source, graft) as live:
+        for weight in (0.4, 1.0, 0.0):
+            live.set_weight(weight)
+            assert_close(logits(tiny), expected[weight])
+
+
 @pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
 def test_a_weight_without_meaning_is_refused_and_changes_nothing(tiny: Backbone, tmp_path: Path, weight: float) -> None:
     task, divergence = parts(tmp_path, "ia3")

@@ -453,6 +453,25 @@ def test_a_padded_batch_gives_the_states_of_each_text_alone(backbone: Backbone) 
             assert_close(together[row : row + 1, :length], backbone.hidden(ids, torch.ones_like(ids)))
 
 
+def test_a_batch_padded_on_the_left_gives_the_states_of_each_text_alone(tiny: Backbone) -> None:
+    lengths = (30, 9)
+    mask = torch.tensor([[int(n >= 30 - length) for n in range(30)] for length in lengths])
+    with on(tiny, 4), torch.no_grad():
+        together = tiny.model(input_ids=IDS * mask, attention_mask=mask).logits
+        for row, length in enumerate(lengths):
+            ids = IDS[row : row + 1, 30 - length :]
+            alone = tiny.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            assert_close(together[row : row + 1, 30 - length :], alone)
+
+
+def test_pefts_own_forward_gets_the_prefix_once(backbone: Backbone) -> None:
+    mask = torch.tensor([[int(n >= 30 - length) for n in range(30)] for length in (30, 9)])
+    with on(backbone, 4) as wrapped, torch.no_grad():
+        there = wrapped(input_ids=IDS * mask, attention_mask=mask).logits
+        here = backbone.model(input_ids=IDS * mask, attention_mask=mask).logits
+    assert_close(there * mask[..., None], here * mask[..., None])
+
+
 def test_with_windows_in_all_layers_a_prefix_reaches_no_further_than_they_do(mistral: Backbone) -> None:
     bare = ours(mistral, None)
     with on(mistral, 4), torch.no_grad():

@@ -12,6 +12,7 @@ from lingraft import merging
 from lingraft.adapter import Adapter, content_digest, is_divergence
 from lingraft.divergence import Divergence
 from lingraft.errors import UserError
+from lingraft.families import GUARDS
 from lingraft.fitting import base_digest
 from lingraft.merging import Combination, Graft, divergence_of, similarity
 from lingraft.store import appearing, write_json
@@ -89,6 +90,7 @@ def _graft(adapters: Sequence[str], options: dict[str, Any]) -> _Made:
             f"'{options['method']}' merges --task with references, not ADAPTER=WEIGHT",
             remedy="give --task, --weight and the references, or --method linear",
         )
+    _refuse_options(options, ("density", "drop", "seed"), f"a {options['method'] or 'transfer'}")
     absent = [name for name in ("task", "weight") if options[name] is None]
     if absent:
         raise UserError("--" + " and --".join(absent) + " missing", remedy="see lingraft merge --help")
@@ -97,6 +99,10 @@ def _graft(adapters: Sequence[str], options: dict[str, Any]) -> _Made:
         raise UserError("give either --divergence or the two references, not both")
     if folder is not None:
         divergence, inputs = Divergence.load(folder), {"divergence": content_digest(folder)}
+    elif target is not None and options["method"] == "arimerge-add":
+        # Nothing is subtracted: the target's reference stands in for the source's, which is not looked at.
+        divergence = Adapter.load(target) - Adapter.load(source or target)
+        inputs = {"target_ref": content_digest(target)}
     elif target is None or source is None:
         raise UserError("the divergence is missing", remedy="give --target-ref and --source-ref, or --divergence")
     else:
@@ -109,7 +115,7 @@ def _graft(adapters: Sequence[str], options: dict[str, Any]) -> _Made:
         options["modules"],
         _named_numbers(options["rules"], "SITES"),
         options["out_rank"],
-        {name: options[name] for name in ("floor", "bound", "rcond")},
+        {name: options[name] for name in GUARDS},
     )
     task = Adapter.load(options["task"])
     return _Made(
@@ -121,22 +127,27 @@ def _graft(adapters: Sequence[str], options: dict[str, Any]) -> _Made:
     )
 
 
+def _refuse_options(options: dict[str, Any], names: Sequence[str], what: str) -> None:
+    """Refuses options that would be ignored."""
+    strange = [name for name in names if options[name] is not None and options[name] != ()]
+    if strange:
+        spelt = {"divergence_dir": "divergence", "rules": "weight-of"}
+        shown = ", ".join("--" + spelt.get(name, name.replace("_", "-")) for name in strange)
+        raise UserError(f"{shown}: not for {what}", remedy="leave out what does not apply; see lingraft merge --help")
+
+
 def _combination(adapters: Sequence[str], options: dict[str, Any]) -> _Made:
     """Any number of adapters combined."""
-    strange = [
-        name for name in ("task", "target_ref", "source_ref", "divergence_dir", "weight") if options[name] is not None
-    ]
-    strange += [name for name in ("floor", "bound", "rcond", "rules") if options[name]]
-    if strange:
-        names = ", ".join("--" + n.replace("_dir", "").replace("_", "-").replace("rules", "weight-of") for n in strange)
-        raise UserError(f"{names}: not for combining ADAPTER=WEIGHT", remedy="leave them out, or use --method transfer")
+    method = options["method"] or "linear"
+    parts = ("task", "target_ref", "source_ref", "divergence_dir", "weight", "rules", *GUARDS)
+    _refuse_options(options, parts, "combining ADAPTER=WEIGHT")
+    values = {"density": ("ties", "knots"), "drop": ("dare",), "seed": ("dare",)}
+    _refuse_options(options, [name for name, users in values.items() if method not in users], method)
     given = [(Path(name), weight) for name, weight in _named_numbers(adapters, "ADAPTER")]
     if not given:
         raise UserError("there is nothing to combine", remedy="give adapters and weights: runs/a=0.5 runs/b=0.5")
-    combination = Combination(
-        options["method"] or "linear",
-        *(options[name] for name in ("space", "modules", "out_rank", "density", "drop", "seed")),
-    )
+    chosen = {name: options[name] for name in values if options[name] is not None}
+    combination = Combination(method, *(options[name] for name in ("space", "modules", "out_rank")), **chosen)
     weights = [weight for _, weight in given]
     return _Made(
         [Adapter.load(path) for path, _ in given],

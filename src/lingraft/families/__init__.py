@@ -16,8 +16,8 @@ FAMILIES: dict[str, dict[str, Family]] = {
     "lora": {"factors": LoraFactors(), "product": LoraProduct(), "cross": LoraCross()},
     "ia3": {"ratio": ia3.RATIO, "cross": ia3.CROSS},
     "prefix": {
-        "layer": prefix.PrefixByLayer(),
-        "flat": prefix.PrefixFlat(),
+        "layer": prefix.BY_LAYER,
+        "flat": prefix.FLAT,
         "literal": prefix.PrefixLiteral(),
         "cross": prefix.CROSS,
     },

@@ -87,7 +87,7 @@ def trimmed(x: Array, density: float) -> Array:
     """The `density` of largest numbers of a tensor, the others zero; of equal ones the first are kept."""
     xp = array_namespace(x)
     row = xp.reshape(x, (-1,))
-    keep = round(density * int(row.shape[0]))
+    keep = max(1, round(density * int(row.shape[0])))
     order = xp.argsort(-xp.abs(row), stable=True)
     place = xp.argsort(order, stable=True)
     return xp.reshape(xp.where(place < keep, row, xp.zeros_like(row)), x.shape)

@@ -19,11 +19,6 @@ from lingraft.errors import AdapterError
 from lingraft.families.elementwise import Multiplicative
 
 
-def rank(x: Site) -> int:
-    """The rank of a LoRA site: the rows of A."""
-    return int(x.tensors["A"].shape[0])
-
-
 def effect(x: Site) -> Array:
     """The weight update `scaling · B · A` (out × in)."""
     return x.scaling * (x.tensors["B"] @ x.tensors["A"])

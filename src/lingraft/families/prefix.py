@@ -18,17 +18,24 @@ CROSS = Additive("prefix/cross")
 
 
 @dataclass(frozen=True)
-class PrefixByLayer:
-    """A factor for every layer, and in it for keys and values: `D = R_t · R_s⁺`, `(I + λ(D − I)) · T`."""
+class Prefix:
+    """`D = R_t · R_s⁺`, `(I + λ(D − I)) · T`: a factor for every layer, and in it for keys and values; or one for all.
 
-    name: str = "prefix/layer"
+    Attributes:
+        whole: One factor for all tensors side by side (m × sum of d).
+        rcond: Singular values of R_s below this share of the greatest count as zero.
+    """
+
+    name: str
+    whole: bool = False
     rcond: float = RCOND
     # The factor maps R_s onto the rows that R_s spans: R_t itself may need others.
     laws: frozenset[Law] = ALL_LAWS - {Law.INVERSE}
 
     def difference(self, x: Site, y: Site) -> Site:
-        """The factor of every tensor, m × m."""
+        """The factors, m × m, by role; of all tensors at once, as `factor`."""
         fitting(x, y)
+        x, y = self._parts(x), self._parts(y)
         return Site({role: left_factor(t, y.tensors[role], self.rcond) for role, t in x.tensors.items()}, x.scaling)
 
     def scale(self, delta: Site, weight: float) -> Site:
@@ -37,7 +44,8 @@ class PrefixByLayer:
 
     def apply(self, x: Site, delta: Site) -> Site:
         """`D · x`."""
-        return Site({role: delta.tensors[role] @ t for role, t in x.tensors.items()}, x.scaling)
+        factors = dict.fromkeys(x.tensors, delta.tensors["factor"]) if self.whole else delta.tensors
+        return Site({role: factors[role] @ t for role, t in x.tensors.items()}, x.scaling)
 
     def effect(self, x: Site) -> Array:
         """All numbers of the prefix."""
@@ -45,37 +53,17 @@ class PrefixByLayer:
 
     def guarded(self, x: Site, y: Site) -> int:
         """How many singular values of the source's prefix count as zero."""
-        return sum(cut_off(t, self.rcond) for t in y.tensors.values())
+        return sum(cut_off(t, self.rcond) for t in self._parts(y).tensors.values())
+
+    def _parts(self, x: Site) -> Site:
+        if not self.whole:
+            return x
+        tensors = [x.tensors[role] for role in sorted(x.tensors)]
+        return Site({"factor": array_namespace(*tensors).concat(tensors, axis=1)}, x.scaling)
 
 
-@dataclass(frozen=True)
-class PrefixFlat:
-    """One factor for the site as a whole, its tensors side by side (m × sum of d)."""
-
-    name: str = "prefix/flat"
-    rcond: float = RCOND
-    laws: frozenset[Law] = ALL_LAWS - {Law.INVERSE}
-
-    def difference(self, x: Site, y: Site) -> Site:
-        """The factor, m × m."""
-        fitting(x, y)
-        return Site({"factor": left_factor(_side_by_side(x), _side_by_side(y), self.rcond)}, x.scaling)
-
-    def scale(self, delta: Site, weight: float) -> Site:
-        """`I + weight · (D − I)`."""
-        return delta.map(lambda t: scaled(t, weight))
-
-    def apply(self, x: Site, delta: Site) -> Site:
-        """`D · x`."""
-        return x.map(lambda t: delta.tensors["factor"] @ t)
-
-    def effect(self, x: Site) -> Array:
-        """All numbers of the prefix."""
-        return flat(x)
-
-    def guarded(self, x: Site, y: Site) -> int:
-        """How many singular values of the source's prefix count as zero."""
-        return cut_off(_side_by_side(y), self.rcond)
+BY_LAYER = Prefix("prefix/layer")
+FLAT = Prefix("prefix/flat", whole=True)
 
 
 @dataclass(frozen=True)
@@ -106,8 +94,3 @@ class PrefixLiteral:
     def guarded(self, x: Site, y: Site) -> int:
         """How many singular values of the source's prefix count as zero."""
         return sum(cut_off(t, self.rcond) for t in y.tensors.values())
-
-
-def _side_by_side(x: Site) -> Array:
-    tensors = [x.tensors[role] for role in sorted(x.tensors)]
-    return array_namespace(*tensors).concat(tensors, axis=1)
