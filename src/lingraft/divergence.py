@@ -114,7 +114,7 @@ class Divergence:
                 for name, part in zip(PARTS, (self.target_ref, self.source_ref), strict=True):
                     (work / name).mkdir(exist_ok=True)
                     part.write(work / name)
-                sidecar = {**merged_sidecar(self.target_ref), "kind": "divergence"}
+                sidecar = {**merged_sidecar(self.target_ref), "kind": "divergence", "init_sha256": self._init_hash()}
                 write_json(work / SIDECAR, {**sidecar, "provenance": dict(provenance or {})})
         return Path(path)
 
@@ -148,12 +148,11 @@ class Divergence:
             a = np.concatenate([t.tensors["A"], s.tensors["A"]], axis=0)
             return Site({"A": a, "B": np.concatenate([t.tensors["B"], -b_s], axis=1)}, scaling(module))
 
-        hashes = {target.sidecar.get("init_sha256"), source.sidecar.get("init_sha256")}
         sidecar = {
             **{k: v for k, v in target.sidecar.items() if k in ("format", "backbone", "family")},
             "kind": "divergence",
             "target_ranks": {m: ranks[m][0] for m in layout},
-            "init_sha256": hashes.pop() if len(hashes) == 1 else None,
+            "init_sha256": self._init_hash(),
         }
         dtype = common([target.dtype, source.dtype])
         if any(place.scaling != scaling(m) for m, place in source.layout.items()):
@@ -163,6 +162,11 @@ class Divergence:
         if set(layout) != set(target.layout):
             config = retargeted(config, layout)
         return Adapter("lora", config, layout, dtype, sidecar, read)
+
+    def _init_hash(self) -> Any:
+        """The hash of the initial weights, where both references started from the same."""
+        hashes = [part.sidecar.get("init_sha256") for part in (self.target_ref, self.source_ref)]
+        return hashes[0] if hashes[0] == hashes[1] else None
 
     @classmethod
     def load(cls, path: str | Path) -> "Divergence":

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from lingraft import Adapter, Divergence
-from lingraft.adapter import AdapterWarning
+from lingraft.adapter import AdapterWarning, content_digest
 from lingraft.algebra import Site, transfer
+from lingraft.commands.adapters import inspect_folders, save_divergence
 from lingraft.errors import AdapterError, UserError
 from lingraft.families import combining
 from lingraft.families.lora import LoraFactors, effect
@@ -793,3 +794,17 @@ def test_arimerge_takes_no_weighted_divergence(tmp_path: Path) -> None:
     a, b, c = (Adapter.load(write_adapter(tmp_path / str(n), n, shapes=FEW)) for n in range(3))
     with pytest.raises(AdapterError, match="not a weighted divergence"):
         Graft(0.5, "arimerge").onto(a, 2 * (b - c))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_inspect_shows_a_divergences_own_provenance(tmp_path: Path, structure: str) -> None:
+    notes = {"init_sha256": "start", "provenance": {"how": "train"}, "backbone": {"digest": "base"}}
+    target, source = (write_structure(tmp_path / str(n), structure, n, sidecar=notes) for n in range(2))
+    save_divergence(target, source, tmp_path / "out", True)
+    found = inspect_folders([tmp_path / "out"], True)
+    assert found is not None
+    (entry,) = found["adapters"]
+    assert (entry["kind"], entry["family"], entry["base_digest"]) == ("divergence", structure, "base")
+    assert entry["init_sha256"] == "start"
+    inputs = {"target_ref": content_digest(target), "source_ref": content_digest(source)}
+    assert (entry["provenance"]["how"], entry["provenance"]["inputs"]) == ("divergence", inputs)

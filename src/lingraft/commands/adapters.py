@@ -14,6 +14,7 @@ from lingraft.divergence import Divergence
 from lingraft.errors import UserError
 from lingraft.families import GUARDS
 from lingraft.fitting import base_digest
+from lingraft.layouts.common import read_sidecar
 from lingraft.merging import Combination, Graft, divergence_of, similarity
 from lingraft.store import appearing, write_json
 
@@ -195,7 +196,8 @@ def _as_adapter(folder: Path) -> tuple[Adapter, bool]:
     """An adapter, or a divergence as what it does to the model."""
     if not is_divergence(folder):
         return Adapter.load(folder), False
-    return Divergence.load(folder).as_adapter(), True
+    # Its own notes, not those of a reference it is made of.
+    return replace(Divergence.load(folder).as_adapter(), sidecar=read_sidecar(folder) or {}), True
 
 
 def _described(folder: Path, adapter: Adapter, diverges: bool) -> dict[str, Any]:
