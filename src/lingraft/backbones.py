@@ -140,7 +140,7 @@ class Backbone:
         Raises:
             AdapterError: A tensor fits nowhere, or a place gets none.
         """
-        from peft import get_peft_model, set_peft_model_state_dict
+        from peft import get_peft_model
 
         from lingraft.prefixes import in_front
 
@@ -150,28 +150,12 @@ class Backbone:
         learned = getattr(wrapped, "prompt_encoder", None)
         try:
             if tensors is not None:
-                result = set_peft_model_state_dict(wrapped, dict(tensors))
-                marker = getattr(wrapped.base_model, "prefix", None)
-                missing = [k for k in result.missing_keys if marker and marker in k]
-                # PEFT takes a prefix out of what it is given, and then says that it did not expect it.
-                wrong = [*(k for k in result.unexpected_keys if k != TENSOR), *missing]
-                if wrong:
-                    raise AdapterError(
-                        f"the adapter does not fit this base model: {len(wrong)} tensors, first {wrong[0]}",
-                        remedy="use the base model the adapter was trained on",
-                    )
+                _load(wrapped, tensors)
             if learned is None:
                 yield wrapped
             else:
-                with in_front(self.model, learned["default"].embedding.weight.to(self.device)):
+                with in_front(self.model, learned.to(self.device)["default"].embedding.weight):
                     yield wrapped
-        except RuntimeError as error:
-            if "size mismatch" not in str(error):
-                raise
-            raise AdapterError(
-                "the adapter does not fit this base model: a tensor has another shape",
-                remedy="use the base model the adapter was trained on",
-            ) from error
         finally:
             if learned is None:
                 wrapped.unload()
@@ -222,6 +206,33 @@ class Backbone:
         if not linear:
             raise UserError(f"{type(self.model).__name__} has no linear layers to adapt")
         return sorted(roles.select(linear, chosen))
+
+
+def _load(wrapped: Any, tensors: Mapping[str, "torch.Tensor"]) -> None:
+    """Puts tensors into a PEFT model.
+
+    Raises:
+        AdapterError: A tensor fits nowhere or has another shape, or a place gets none.
+    """
+    from peft import set_peft_model_state_dict
+
+    remedy = "use the base model the adapter was trained on"
+    try:
+        result = set_peft_model_state_dict(wrapped, dict(tensors))
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise AdapterError(
+            "the adapter does not fit this base model: a tensor has another shape", remedy=remedy
+        ) from error
+    marker = getattr(wrapped.base_model, "prefix", None)
+    missing = [k for k in result.missing_keys if marker and marker in k]
+    # PEFT takes a prefix out of what it is given, and then says that it did not expect it.
+    wrong = [*(k for k in result.unexpected_keys if k != TENSOR), *missing]
+    if wrong:
+        raise AdapterError(
+            f"the adapter does not fit this base model: {len(wrong)} tensors, first {wrong[0]}", remedy=remedy
+        )
 
 
 def peft_config(values: Mapping[str, Any]) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lingraft.backbones import Backbone
+from lingraft.backbones import Backbone, peft_config
 from lingraft.batching import text_sequences
 from lingraft.config import AdapterConfig, BackboneConfig
 from lingraft.errors import AdapterError, BackboneError, UserError
@@ -224,3 +224,13 @@ def test_modules_are_chosen_by_name_and_by_role(tiny: Backbone) -> None:
     with pytest.raises(UserError, match="q_proy") as caught:
         tiny.target_modules("q_proy")
     assert "q_proj" in (caught.value.remedy or "")
+
+
+def test_an_error_of_the_work_on_an_adapted_model_is_not_taken_for_the_adapters(tiny: Backbone, tmp_path: Path) -> None:
+    tensors = fresh(tiny, AdapterConfig(rank=2, modules="q_proj"), 0)[1]
+    made = peft_config(fresh(tiny, AdapterConfig(rank=2, modules="q_proj"), 0)[0])
+    with pytest.raises(RuntimeError, match="size mismatch of mine"), tiny.attached(made, tensors):
+        raise RuntimeError("size mismatch of mine")
+    wrong = {name: torch.zeros(3, 3) for name in tensors}
+    with pytest.raises(AdapterError, match="another shape"), tiny.attached(made, wrong):
+        pass
