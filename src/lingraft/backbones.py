@@ -92,6 +92,10 @@ class Backbone:
         """Text to ids, without special tokens."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids to text."""
+        return self.tokenizer.decode(list(ids))  # pyright: ignore[reportReturnType]
+
     def hidden(self, input_ids: "torch.Tensor", attention_mask: "torch.Tensor") -> "torch.Tensor":
         """The states before the output embedding (batch × length × width), adapters included."""
         return self.model.base_model(

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lingraft.errors import ConfigError, suggestion
+from lingraft.protocols import PROTOCOLS
 
 LanguageCode = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,31}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -115,6 +116,13 @@ class ReferenceConfig(Config):
     max_segments: int | None = Field(default=None, ge=1, description="the same number in every language")
 
 
+class ProjectionConfig(Config):
+    """Which lines of the parallel reference text get a label from T, read on the source side, for training on the other."""
+
+    confidence: float = Field(default=0.8, ge=0, le=1, description="least probability that T gives its label")
+    per_label: int | None = Field(default=200, ge=1, description="at most so many lines of a label")
+
+
 class MergeConfig(Config):
     """Which sites are merged, and to what rank a product-space merge is compressed."""
 
@@ -172,18 +180,30 @@ class Experiment(Config):
     name: Name
     backbone: BackboneConfig
     task: str
+    protocol: str | None = Field(
+        None,
+        description="'low-high': languages of a fixed division, for source, targets, development and groups left out",
+    )
     source: LanguageCode = "en"
     targets: tuple[LanguageCode, ...] = Field(min_length=1)
     development: tuple[LanguageCode, ...] = ()
+    groups: dict[Name, tuple[LanguageCode, ...]] = Field(
+        default={}, description="targets whose figures are also given together"
+    )
     reference: ReferenceConfig
     adapter: AdapterConfig = AdapterConfig()
     training: TrainingConfig = TrainingConfig()
     reference_training: TrainingConfig | None = Field(default=None, description="absent: as `training`")
+    projection: ProjectionConfig = ProjectionConfig()
+    projection_training: TrainingConfig | None = Field(default=None, description="absent: as `training`")
     merge: MergeConfig = MergeConfig()
     methods: tuple[str, ...] = ("vanilla", "eng-ft", "adamergex", "adamergex-product")
     selection: SelectionConfig = SelectionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    seeds_of: dict[str, tuple[int, ...]] = Field(
+        default={}, description="fewer of the seeds for some of the methods, by name: a dear ceiling, a minor control"
+    )
     data_dir: str | None = Field(None, description="upstream files; 'bundled': lingraft's own; absent: the hub")
     data_revision: str | None = Field(None, description="commit of the hub data set; resolved and recorded if absent")
     tasks: dict[Name, CustomTask] = Field(default={}, description="your own tasks")
@@ -194,6 +214,23 @@ class Experiment(Config):
     @classmethod
     def _short(cls, value: Any) -> Any:
         return {"model": value} if isinstance(value, str) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _divided(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or tree.get("protocol") is None:
+            return tree
+        name = tree["protocol"]
+        if name not in PROTOCOLS:
+            raise ValueError(f"unknown protocol '{name}': known are {', '.join(PROTOCOLS)}")
+        chosen = PROTOCOLS[name]
+        filled = {"source": chosen.source, "targets": list(chosen.targets), "development": list(chosen.development)}
+        tree = {**filled, **tree}
+        if "groups" not in tree and isinstance(tree["targets"], list | tuple):
+            # Of a group as many as are asked for: one language of the table can be run alone.
+            here = {group: [c for c in codes if c in tree["targets"]] for group, codes in chosen.groups.items()}
+            tree["groups"] = {group: codes for group, codes in here.items() if codes}
+        return tree
 
     @model_validator(mode="after")
     def _disjoint(self) -> "Experiment":
@@ -209,9 +246,27 @@ class Experiment(Config):
             raise ValueError(
                 f"{sorted(overlap)} stand in both 'targets' and 'development': λ must not be tuned on a test language"
             )
+        for group, codes in self.groups.items():
+            strange = sorted(set(codes) - set(self.targets))
+            if strange or len(set(codes)) < len(codes) or not codes:
+                raise ValueError(f"the group '{group}' must name targets, each once; not targets: {strange}")
         if self.source in (*self.targets, *self.development):
             raise ValueError(f"the source language '{self.source}' is also a target or development language")
         return self
+
+    @model_validator(mode="after")
+    def _fewer_seeds(self) -> "Experiment":
+        for name, seeds in self.seeds_of.items():
+            if name not in self.methods:
+                raise ValueError(f"'seeds_of' names '{name}', which is not one of the methods")
+            if not seeds or len(set(seeds)) < len(seeds) or not set(seeds) <= set(self.seeds):
+                raise ValueError(f"the seeds of '{name}' must be some of {list(self.seeds)}, each once")
+        return self
+
+    @property
+    def projection_values(self) -> TrainingConfig:
+        """Training values of the projected adapters."""
+        return self.projection_training or self.training
 
     @property
     def reference_values(self) -> TrainingConfig:

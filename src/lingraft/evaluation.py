@@ -16,7 +16,7 @@ import torch
 from lingraft.adapter import Adapter
 from lingraft.backbones import Backbone
 from lingraft.errors import DataError, UserError
-from lingraft.losses import project
+from lingraft.losses import project, summed_cross_entropy
 from lingraft.metrics import Prediction
 from lingraft.predictions import score, write_evaluation
 from lingraft.tasks.choice import Example
@@ -123,16 +123,21 @@ def _batched(queries: Sequence[_Query], batch_tokens: int) -> list[list[_Query]]
     return result
 
 
-def _score(backbone: Backbone, batch: Sequence[_Query]) -> list[list[float]]:
-    width = len(batch[0].ids)
-    ids = torch.full((len(batch), width), backbone.pad_id, dtype=torch.long)
+def _states(backbone: Backbone, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """States before the output embedding, ids and mask of rows, the longest first, padded on the right."""
+    ids = torch.full((len(rows), len(rows[0])), backbone.pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for row, query in enumerate(batch):
-        ids[row, : len(query.ids)] = torch.tensor(query.ids)
-        mask[row, : len(query.ids)] = 1
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row)
+        mask[number, : len(row)] = 1
+    ids, mask = ids.to(backbone.device), mask.to(backbone.device)
     half = backbone.dtype in (torch.bfloat16, torch.float16)
     with torch.autocast(backbone.device.type, backbone.dtype) if half else nullcontext():
-        states = backbone.hidden(ids.to(backbone.device), mask.to(backbone.device))
+        return backbone.hidden(ids, mask), ids, mask
+
+
+def _score(backbone: Backbone, batch: Sequence[_Query]) -> list[list[float]]:
+    states, _, _ = _states(backbone, [query.ids for query in batch])
     rows = [row for row, query in enumerate(batch) for _ in query.asked]
     positions = [query.position + offset for query in batch for offset, _ in query.asked]
     weight = backbone.model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
@@ -146,6 +151,41 @@ def _score(backbone: Backbone, batch: Sequence[_Query]) -> list[list[float]]:
             picked.append((line[list(tokens)] - norm).tolist())
     values = iter(picked)
     return [[v for _ in query.asked for v in next(values)] for query in batch]
+
+
+def text_log_likelihood(
+    backbone: Backbone, adapter: Adapter | None, texts: Sequence[str], *, max_length: int = 1024, batch: int = 32
+) -> tuple[float, int]:
+    """How likely a model finds texts, as language modelling.
+
+    Args:
+        backbone: The base model.
+        adapter: The adapter to put on it, or None.
+        texts: The texts.
+        max_length: Tokens; the rest of a longer text is not read.
+        batch: Texts in a batch; changes speed only.
+
+    Returns:
+        The mean log-likelihood of a token, in nats, and the number of tokens.
+
+    Raises:
+        DataError: There is no text of more than one token.
+    """
+    rows = [(*backbone.prefix, *backbone.encode(text))[:max_length] for text in texts]
+    rows = sorted((row for row in rows if len(row) > 1), key=len, reverse=True)
+    if not rows:
+        raise DataError("there is no text to read")
+    weight = backbone.model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
+    loss, tokens = 0.0, 0
+    with backbone.with_adapter(adapter), torch.inference_mode():
+        for start in range(0, len(rows), batch):
+            part = rows[start : start + batch]
+            states, ids, mask = _states(backbone, part)
+            read = mask[:, 1:].bool()
+            labels = ids[:, 1:][read]
+            loss += float(summed_cross_entropy(states[:, :-1][read], weight, labels, backbone.softcap))  # pyright: ignore[reportArgumentType]
+            tokens += len(labels)
+    return -loss / tokens, tokens
 
 
 def evaluate(

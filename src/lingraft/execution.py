@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from lingraft import __version__, roles
 from lingraft.adapter import Adapter
-from lingraft.config import AdapterConfig, Experiment, TrainingConfig
+from lingraft.config import AdapterConfig, Experiment, ProjectionConfig, TrainingConfig
+from lingraft.errors import DataError
+from lingraft.languages import name_of
 from lingraft.locating import Located
 from lingraft.merging import Graft, content_digest, divergence_of, energy_kept, similarity
 from lingraft.plan import Step
 from lingraft.predictions import SCORES, read_predictions, read_scores, score, write_predictions
 from lingraft.store import Store, read_json, write_json
 from lingraft.tasks.choice import Example, bundled_or, subset
+from lingraft.tasks.projection import projected_examples, projected_labels, shortened
 from lingraft.tasks.reference import reference_path, segments
 from lingraft.tasks.sources import read_lines
 from lingraft.tasks.table import choice_task
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 SELECTED = "selected.json"
 SIMILARITY = "similarity.json"
+READING = "reading.json"
+LABELS = "labels.json"
 Progress = Callable[[int, int, str], None]
 
 
@@ -63,6 +68,10 @@ class Session:
         """Where a finished step's files are."""
         return self.store.path(step.kind, step.key)
 
+    def lines(self, language: str) -> list[str]:
+        """A language's reference text."""
+        return read_lines(reference_path(self.experiment.reference, language, self.experiment.data_dir))
+
     def examples(self, language: str, split: str, limit: int | None) -> list[Example]:
         """A language's items."""
         task = choice_task(self.experiment.task, self.experiment.tasks)
@@ -78,8 +87,16 @@ def check_data(steps: Sequence[Step], session: Session) -> None:
     wanted = {(s.config["language"], s.config["split"]) for s in steps if "split" in s.config}
     for language, split in sorted(wanted):
         session.examples(language, split, None)
-    for language in sorted({s.config["language"] for s in steps if "reference" in s.config}):
-        read_lines(reference_path(session.experiment.reference, language, session.experiment.data_dir))
+    read = {s.config["language"] for s in steps if "reference" in s.config}
+    projected = {s.config["language"] for s in steps if "projected" in s.config}
+    lines = {language: len(session.lines(language)) for language in sorted(read | projected)}
+    counts = {language: lines[language] for language in sorted(projected)}
+    if len(set(counts.values())) > 1:
+        raise DataError(
+            "the reference text is not parallel: it has "
+            + ", ".join(f"{count} lines in {name_of(language)}" for language, count in counts.items()),
+            remedy="projected labels need text whose lines are translations of one another",
+        )
 
 
 def execute(step: Step, session: Session, work: Path) -> None:
@@ -99,8 +116,7 @@ def _train(step: Step, session: Session, work: Path) -> dict[str, Any]:
     what: dict[str, Any] = {"language": config["language"]}
     if "reference" in config:
         reference = session.experiment.reference
-        path = reference_path(reference, config["language"], session.experiment.data_dir)
-        pieces = segments(read_lines(path), backbone.encode, reference, backbone.prefix)
+        pieces = segments(session.lines(config["language"]), backbone.encode, reference, backbone.prefix)
         sequences = batching.text_sequences(pieces)
         what["reference"] = config["reference"]
     elif config.get("initial"):
@@ -108,9 +124,14 @@ def _train(step: Step, session: Session, work: Path) -> dict[str, Any]:
         sequences = batching.text_sequences([[0, 0]])
         what["initial"] = True
     else:
-        sequences = batching.answer_sequences(
-            backbone, session.examples(config["language"], "train", None), values.max_length
-        )
+        if "projected" in config:
+            labels = read_json(session.folder(step.inputs["labels"]) / LABELS)
+            task = choice_task(session.experiment.task, session.experiment.tasks)
+            items = projected_examples(task, _shortened(config, session), labels["labels"])
+            what["projected"] = len(items)
+        else:
+            items = session.examples(config["language"], "train", None)
+        sequences = batching.answer_sequences(backbone, items, values.max_length)
         what["task"] = config["task"]["task"]
     start = step.inputs.get("start_from")
     return training.train(
@@ -135,7 +156,7 @@ def _grafted(
     folders = {"task": session.folder(inputs["task"]), "target_ref": target, "source_ref": source}
     names = {role: content_digest(folder) for role, folder in folders.items()}
     options = {k: config[k] for k in ("space", "modules", "out_rank")}
-    graft, task = Graft(weight, **options), Adapter.load(folders["task"])
+    graft, task = Graft(weight, method=config.get("rule", "transfer"), **options), Adapter.load(folders["task"])
     return graft.onto(task, divergence), graft.provenance(task, names)
 
 
@@ -147,16 +168,47 @@ def _merge(step: Step, session: Session, work: Path) -> dict[str, Any]:
     return {"weight": weight, "energy_kept": energy_kept(merged), "guarded": guarded}
 
 
+def _shortened(config: Mapping[str, Any], session: Session) -> list[str]:
+    """A language's lines, at most so many tokens of each."""
+    backbone = session.backbone
+    return shortened(session.lines(config["language"]), backbone.encode, backbone.decode, config["projected"])
+
+
+def _project(step: Step, session: Session, work: Path) -> dict[str, Any]:
+    from lingraft.backbones import environment
+    from lingraft.evaluation import predict
+
+    config, backbone = step.config, session.backbone
+    texts = _shortened(config, session)[: config["max_segments"]]
+    task = choice_task(session.experiment.task, session.experiment.tasks)
+    items = [item for item, text in zip(task.of_text(texts), texts, strict=True) if text]
+    said = predict(
+        backbone,
+        Adapter.load(session.folder(step.inputs["adapter"])),
+        items,
+        scoring=config["scoring"],
+        max_length=config["max_length"],
+        progress=lambda done, total: session.progress(done, total, ""),
+    )
+    labels = projected_labels(said, ProjectionConfig(**config["projection"]))
+    counts = {label: sum(found == n for _, found in labels) for n, label in enumerate(task.answers)}
+    write_json(work / LABELS, {"labels": labels, "counts": counts, "lines": len(items)})
+    return {"environment": environment(backbone)}
+
+
+def _adapter_of(step: Step, session: Session) -> Adapter | None:
+    """What is put on the base: nothing, an adapter, or a graft merged in memory."""
+    if step.config["graft"] is not None:
+        return _grafted(step.inputs, step.config["graft"], step.config["graft"]["weight"], session)[0]
+    return Adapter.load(session.folder(step.inputs["adapter"])) if "adapter" in step.inputs else None
+
+
 def _predict(step: Step, session: Session, work: Path) -> dict[str, Any]:
     from lingraft.backbones import environment
     from lingraft.evaluation import predict
 
     config = step.config
-    adapter: Adapter | None = None
-    if config["graft"] is not None:
-        adapter, _ = _grafted(step.inputs, config["graft"], config["graft"]["weight"], session)
-    elif "adapter" in step.inputs:
-        adapter = Adapter.load(session.folder(step.inputs["adapter"]))
+    adapter = _adapter_of(step, session)
     examples = session.examples(config["language"], config["split"], config["limit"])
     backbone = session.backbone
     began = time.monotonic()
@@ -176,6 +228,17 @@ def _predict(step: Step, session: Session, work: Path) -> dict[str, Any]:
     }
 
 
+def _read(step: Step, session: Session, work: Path) -> dict[str, Any]:
+    from lingraft.backbones import environment
+    from lingraft.evaluation import text_log_likelihood
+
+    config, backbone = step.config, session.backbone
+    texts = [e.prompt for e in session.examples(config["language"], config["split"], config["limit"])]
+    value, tokens = text_log_likelihood(backbone, _adapter_of(step, session), texts, max_length=config["max_length"])
+    write_json(work / READING, {"log_likelihood": value, "tokens": tokens})
+    return {"environment": environment(backbone)}
+
+
 def _score(step: Step, session: Session, work: Path) -> dict[str, Any]:
     write_json(work / SCORES, score(read_predictions(session.folder(step.inputs["predict"]))))
     return {}
@@ -184,25 +247,50 @@ def _score(step: Step, session: Session, work: Path) -> dict[str, Any]:
 def _select(step: Step, session: Session, work: Path) -> dict[str, Any]:
     if "weight" in step.config:
         write_json(work / SELECTED, {"weight": step.config["weight"], "curve": []})
-        return {}
+    elif step.config["criterion"] == "norms":
+        write_json(work / SELECTED, _by_norms(step, session))
+    else:
+        write_json(work / SELECTED, _by_curve(step, session))
+    return {}
+
+
+def _by_curve(step: Step, session: Session) -> dict[str, Any]:
+    """The weight of the grid that a criterion likes best; of equals the one nearest to the task's adapter itself."""
     by_weight: dict[str, list[dict[str, float]]] = {}
-    for role, scores in step.inputs.items():
-        found = read_scores(session.folder(scores))
-        values = {m: found[m]["value"] for m in ("gold_log_likelihood", "accuracy")}
-        by_weight.setdefault(role.split("/")[0], []).append(values)
+    for role, judged in step.inputs.items():
+        by_weight.setdefault(role.split("/")[0], []).append(_judged(session.folder(judged), judged.kind))
     curve = [
-        {
-            "weight": float(weight),
-            **{m: sum(r[m] for r in rows) / len(rows) for m in rows[0]},
-            "scores": len(rows),
-        }
+        {"weight": float(weight), **{m: sum(r[m] for r in rows) / len(rows) for m in rows[0]}, "scores": len(rows)}
         for weight, rows in by_weight.items()
     ]
     curve.sort(key=lambda point: point["weight"])
-    # Of equals the smallest weight: it stays nearest to the adapter that is known to work.
-    best = max(curve, key=lambda point: (point[step.config["criterion"]], -point["weight"]))
-    write_json(work / SELECTED, {"weight": best["weight"], "criterion": step.config["criterion"], "curve": curve})
-    return {}
+    criterion, neutral = step.config["criterion"], step.config.get("neutral", 0.0)
+    sign = -1 if criterion == "entropy" else 1
+    best = max(curve, key=lambda point: (sign * point[criterion], -abs(point["weight"] - neutral)))
+    return {"weight": best["weight"], "criterion": criterion, "curve": curve}
+
+
+def _judged(folder: Path, kind: str) -> dict[str, float]:
+    if kind == "read":
+        return {"text_log_likelihood": read_json(folder / READING)["log_likelihood"]}
+    found = read_scores(folder)
+    return {m: found[m]["value"] for m in ("gold_log_likelihood", "accuracy", "entropy")}
+
+
+def _by_norms(step: Step, session: Session) -> dict[str, Any]:
+    """‖ΔT‖ / ‖ΔR_t − ΔR_s‖, the mean over seeds; 0 where the references do not differ."""
+    ratios: list[float] = []
+    for role, compared in step.inputs.items():
+        part, _, seed = role.partition("/")
+        if part != "references":
+            continue
+        found = read_json(session.folder(compared) / SIMILARITY)
+        target, source = found["norms"]
+        between = target**2 + source**2 - 2 * (found["cosine"] or 0) * target * source
+        task = read_json(session.folder(step.inputs[f"task/{seed}"]) / SIMILARITY)["norms"][0]
+        ratios.append(task / between**0.5 if between > 0 else 0.0)
+    weight = min(sum(ratios) / len(ratios), step.config["highest"])
+    return {"weight": weight, "criterion": "norms", "ratios": ratios, "curve": []}
 
 
 def _compare(step: Step, session: Session, work: Path) -> dict[str, Any]:
@@ -215,6 +303,8 @@ _EXECUTORS: dict[str, Callable[[Step, Session, Path], dict[str, Any]]] = {
     "train": _train,
     "merge": _merge,
     "predict": _predict,
+    "read": _read,
+    "project": _project,
     "score": _score,
     "select": _select,
     "compare": _compare,

@@ -1,11 +1,20 @@
 """The table of methods: what a method trains, merges and tunes. A row is a method; the planner turns rows into steps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lingraft.errors import UserError, suggestion
 
-Reference = Literal["target", "source", "other", "initial"]
+Reference = Literal[
+    "target", "source", "other", "initial", "projected-target", "projected-source", "projected-other", "task"
+]
+CRITERIA = {
+    "labels": "the mean log-likelihood of the gold labels on the development languages",
+    "entropy": "the least mean entropy of the answers to the target's own items, labels unread",
+    "likelihood": "the greatest log-likelihood of the target's own items as text, labels unread",
+    "norms": "‖ΔT‖ / ‖ΔR_t − ΔR_s‖, so that what is added is as large as what it is added to; no data at all",
+}
+"""By what a method's λ is chosen. All but the first choose for each target language, without a label in any."""
 
 
 @dataclass(frozen=True)
@@ -17,18 +26,25 @@ class Method:
         title: What tables print.
         says: One line on what it does.
         adapter: What is evaluated: nothing, the task's adapter in the `source` or the `target` language, one trained on the
-            source's task `sequential`ly after the target's reference task, or a `graft`.
+            source's task `sequential`ly after the target's reference task, T trained on with `projected` labels, or a `graft`.
         references: For a graft, whose difference is added: the reference adapter of the target, the source or another language,
-            or the `initial` adapter, which is untrained (LoRA: an update of zero).
+            or the `initial` adapter, which is untrained (LoRA: an update of zero); the same of T trained on with projected
+            labels, where T itself (`task`) is what training began with.
         space: For a graft, where it is merged; None for the structure's own rule.
+        rule: For a graft, how it is merged: a method of `merging.Graft`.
+        neutral: For a graft, the weight at which it is the task's adapter itself: 0, but 1 for AriMerge.
+        criterion: For a graft, by what its weight is chosen: one of `CRITERIA`.
     """
 
     name: str
     title: str
     says: str
-    adapter: Literal["none", "source", "target", "sequential", "graft"]
+    adapter: Literal["none", "source", "target", "sequential", "projected", "graft"]
     references: tuple[Reference, Reference] = ("target", "source")
     space: str | None = None
+    rule: str = "transfer"
+    neutral: float = 0.0
+    criterion: str = "labels"
 
 
 _ROWS = (
@@ -53,6 +69,14 @@ _ROWS = (
         space="cross",
     ),
     Method(
+        "arimerge",
+        "AriMerge",
+        "coefficients λ and 1 − λ, which sum to 1, on task and references (LoRA, (IA)³); λ = 1 is Eng-FT",
+        "graft",
+        rule="arimerge",
+        neutral=1.0,
+    ),
+    Method(
         "control-add",
         "control: no subtraction",
         "T + λ·R_t: the source's reference is not subtracted",
@@ -72,17 +96,65 @@ _ROWS = (
         "the task trained on top of the target's reference adapter",
         "sequential",
     ),
+    Method(
+        "projection",
+        "Projection",
+        "P_t: T trained on with its own labels, given to the source side of parallel text, on the target side",
+        "projected",
+    ),
+    Method(
+        "projection-graft",
+        "Projection, grafted",
+        "T + λ(P_t − T) in the weight updates: how far to go towards projection, or beyond it (LoRA)",
+        "graft",
+        ("projected-target", "task"),
+        space="product",
+    ),
+    Method(
+        "adamergex-projected",
+        "AdaMergeX (projected labels)",
+        "T + λ(P_t − P_s) in the weight updates: projected labels as the reference task (LoRA)",
+        "graft",
+        ("projected-target", "projected-source"),
+        space="product",
+    ),
+    Method(
+        "control-projected-other",
+        "control: other language's projection",
+        "T + λ(P_other − T): another language's projection (LoRA)",
+        "graft",
+        ("projected-other", "task"),
+        space="product",
+    ),
 )
 
 METHODS = {row.name: row for row in _ROWS}
 
 
 def method(name: str) -> Method:
-    """A row of the table.
+    """A row of the table, or a row whose weight is chosen by another criterion: `adamergex-product:entropy`.
 
     Raises:
-        UserError: There is no such method.
+        UserError: There is no such method or criterion, or the method has no weight to choose.
     """
-    if name not in METHODS:
-        raise UserError(f"unknown method '{name}'", remedy=suggestion(name, METHODS))
-    return METHODS[name]
+    row, colon, criterion = name.partition(":")
+    if row not in METHODS:
+        raise UserError(f"unknown method '{row}'", remedy=suggestion(row, METHODS))
+    if not colon:
+        return METHODS[row]
+    if criterion not in CRITERIA:
+        raise UserError(f"unknown criterion '{criterion}' in '{name}'", remedy=suggestion(criterion, CRITERIA))
+    found = METHODS[row]
+    if found.adapter != "graft":
+        raise UserError(f"'{name}': the method '{row}' has no weight to choose", remedy="leave the criterion out")
+    if criterion == "labels":
+        return found
+    if criterion == "norms" and found.rule != "transfer":
+        raise UserError(f"'{name}': the ratio of norms has no meaning where coefficients sum to 1")
+    return replace(
+        found,
+        name=name,
+        title=f"{found.title}, λ by {criterion}",
+        says=f"{found.says}; λ by {CRITERIA[criterion]}",
+        criterion=criterion,
+    )

@@ -32,6 +32,15 @@ class Prediction:
         top = max(self.scores)
         return self.scores[self.gold] - top - math.log(sum(math.exp(s - top) for s in self.scores))
 
+    @property
+    def entropy(self) -> float:
+        """The entropy of the distribution over the candidates, in nats: how undecided the model is, whatever is right."""
+        top = max(self.scores)
+        weights = [math.exp(s - top) for s in self.scores]
+        total = sum(weights)
+        # log total − Σ p·(s − top): no logarithm of a weight that underflowed to zero.
+        return math.log(total) - sum(w / total * (s - top) for w, s in zip(weights, self.scores, strict=True))
+
 
 def accuracy(predictions: Sequence[Prediction]) -> float:
     """The share of right answers."""
@@ -41,6 +50,11 @@ def accuracy(predictions: Sequence[Prediction]) -> float:
 def gold_log_likelihood(predictions: Sequence[Prediction]) -> float:
     """Mean log-likelihood of the gold label among the candidates, in nats."""
     return sum(p.gold_log_likelihood for p in predictions) / len(predictions)
+
+
+def entropy(predictions: Sequence[Prediction]) -> float:
+    """Mean entropy of the answers, in nats: between 0 and the logarithm of the number of candidates."""
+    return sum(p.entropy for p in predictions) / len(predictions)
 
 
 def macro_f1(predictions: Sequence[Prediction]) -> float:

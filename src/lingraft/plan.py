@@ -21,7 +21,7 @@ from lingraft.tasks.choice import ChoiceTask, bundled_or
 from lingraft.tasks.reference import reference_path
 from lingraft.tasks.table import choice_task
 
-VERSIONS = {"train": 1, "merge": 1, "predict": 1, "score": 1, "select": 1, "compare": 1}
+VERSIONS = {"train": 1, "merge": 1, "predict": 1, "score": 2, "read": 1, "project": 1, "select": 1, "compare": 1}
 """The version of each kind of step: raised when a fix changes its results, which makes the kind's steps new work."""
 
 Plain = Mapping[str, Any]
@@ -81,7 +81,7 @@ class Plan:
         experiment: What was asked.
         steps: Every step once, inputs first.
         cells: The numbers of the table.
-        selections: The choice of λ, by method.
+        selections: The choice of λ, by method and, where it is chosen without labels, target language.
         comparisons: The likeness of the references' updates, by (language, seed).
         absent: (method, language, reason) where there are no data.
     """
@@ -89,7 +89,7 @@ class Plan:
     experiment: Experiment
     steps: tuple[Step, ...]
     cells: tuple[Cell, ...]
-    selections: Mapping[str, Step]
+    selections: Mapping[tuple[str, str | None], Step]
     comparisons: Mapping[tuple[str, int], Step]
     absent: tuple[tuple[str, str, str], ...]
 
@@ -129,7 +129,7 @@ class _Planner:
         self.dtype = experiment.backbone.dtype
         self._digests: dict[tuple[str, str], str] = {}
         self._steps: dict[str, Step] = {}
-        self.selections: dict[str, Step] = {}
+        self.selections: dict[tuple[str, str | None], Step] = {}
 
     def plan(self) -> Plan:
         """See `make_plan`."""
@@ -137,7 +137,10 @@ class _Planner:
         cells: list[Cell] = []
         absent: list[tuple[str, str, str]] = []
         self.rows_digest(experiment.source, "train")
-        self.selections = {m.name: self.selection(m) for m in self.methods if m.adapter == "graft"}
+        for row in self.methods:
+            if row.adapter == "graft":
+                for language in experiment.targets if row.criterion != "labels" else (None,):
+                    self.selections[row.name, language] = self.selection(row, language)
         for row in self.methods:
             languages = [*experiment.targets]
             if row.adapter in ("none", "source"):
@@ -151,19 +154,24 @@ class _Planner:
                 if row.adapter == "target" and not self.has_rows(language, "train"):
                     absent.append((row.name, language, "no labelled training data"))
                     continue
-                for seed in experiment.seeds if row.adapter != "none" else experiment.seeds[:1]:
+                for seed in self.seeds(row) if row.adapter != "none" else self.seeds(row)[:1]:
                     cells.append(self.cell(row, language, seed))
         comparisons: dict[tuple[str, int], Step] = {}
         if self.selections:
-            for language in experiment.targets:
-                for seed in experiment.seeds:
-                    comparisons[language, seed] = self.comparison(language, seed)
+            for row in (m for m in self.methods if m.references == ("target", "source") and m.adapter == "graft"):
+                for language in experiment.targets:
+                    for seed in self.seeds(row):
+                        comparisons[language, seed] = self.comparison(language, seed)
         ends = [
             *comparisons.values(),
             *self.selections.values(),
             *(step for c in cells for step in (c.score, c.adapter) if step),
         ]
         return Plan(experiment, ordered(ends), tuple(cells), self.selections, comparisons, tuple(absent))
+
+    def seeds(self, row: Method) -> tuple[int, ...]:
+        """The seeds of a method."""
+        return self.experiment.seeds_of.get(row.name, self.experiment.seeds)
 
     def step(self, kind: str, config: Plain, inputs: Mapping[str, Step], reads: Plain, label: str) -> Step:
         """A step, the same object for the same work."""
@@ -214,6 +222,42 @@ class _Planner:
             f"train {config.task} {language} seed {seed}",
         )
 
+    def projected_adapter(self, language: str, seed: int) -> Step:
+        """T trained on with the labels it gave to the source side of parallel text, on this language's side."""
+        config, labels = self.experiment.reference, self._projected_labels(seed)
+        path = reference_path(config, language, self.experiment.data_dir)
+        return self._training(
+            {"projected": config.segment_tokens, "task": self.task.spec(), "language": language},
+            self.experiment.projection_values,
+            seed,
+            {"start_from": labels.inputs["adapter"], "labels": labels},
+            {"text": digest_file(path)},
+            f"train {self.task.name} {language} projected seed {seed}",
+        )
+
+    def _projected_labels(self, seed: int) -> Step:
+        experiment = self.experiment
+        reference = experiment.reference
+        if reference.unit != "line":
+            raise ConfigError(
+                "projected labels need parallel text, line by line", remedy="give such text and reference.unit=line"
+            )
+        self.task.of_text(())  # A task that cannot be asked of plain text is said now.
+        path = reference_path(reference, experiment.source, experiment.data_dir)
+        config = {
+            "task": self.task.spec(),
+            "language": experiment.source,
+            "projected": reference.segment_tokens,
+            "max_segments": reference.max_segments,
+            "projection": experiment.projection.key(),
+            "scoring": experiment.evaluation.scoring,
+            "max_length": experiment.training.max_length,
+            "dtype": self.dtype,
+        }
+        inputs = {"adapter": self.task_adapter(experiment.source, seed)}
+        reads = {**self.base, "text": digest_file(path)}
+        return self.step("project", config, inputs, reads, f"label {experiment.source} text seed {seed}")
+
     def initial_adapter(self, seed: int) -> Step:
         """The adapter that all trainings of a seed start from; its update is zero."""
         training = TrainingConfig(epochs=0)
@@ -256,6 +300,10 @@ class _Planner:
             "source": lambda: self.reference_adapter(self.experiment.source, seed),
             "other": lambda: self.reference_adapter(self.other_language(language), seed),
             "initial": lambda: self.initial_adapter(seed),
+            "projected-target": lambda: self.projected_adapter(language, seed),
+            "projected-source": lambda: self.projected_adapter(self.experiment.source, seed),
+            "projected-other": lambda: self.projected_adapter(self.other_language(language), seed),
+            "task": lambda: self.task_adapter(self.experiment.source, seed),
         }
         return {
             "task": self.task_adapter(self.experiment.source, seed),
@@ -264,9 +312,20 @@ class _Planner:
         }
 
     def graft_config(self, row: Method) -> dict[str, Any]:
-        """How a graft is merged, its weight aside."""
+        """How a graft is merged, its weight aside.
+
+        Raises:
+            ConfigError: The method does not know the structure.
+        """
         merge = self.experiment.merge
         modules = merge.modules if isinstance(merge.modules, str) else list(merge.modules)
+        if row.rule != "transfer":
+            if self.experiment.adapter.family not in ("lora", "ia3"):
+                raise ConfigError(
+                    f"the method '{row.name}' is for LoRA and (IA)³, not for the structure '{self.experiment.adapter.family}'",
+                    remedy="leave it out of `methods`",
+                )
+            return {"rule": row.rule, "space": None, "modules": modules, "out_rank": None}
         return {
             "space": family(self.experiment.adapter.family, row.space).name.partition("/")[2],
             "modules": modules,
@@ -300,34 +359,73 @@ class _Planner:
         """The metrics of predictions."""
         return self.step("score", {}, {"predict": prediction}, {}, prediction.label.replace("predict", "score", 1))
 
-    def selection(self, row: Method) -> Step:
-        """The choice of a method's λ, on the development languages, over all seeds."""
+    def selection(self, row: Method, language: str | None = None) -> Step:
+        """The choice of a method's λ, over all seeds: on the development languages, or without labels for one target.
+
+        Raises:
+            ConfigError: There are no development languages to choose on.
+        """
         chosen = self.experiment.selection
         if chosen.weight is not None:
             return self.step("select", {"weight": chosen.weight}, {}, {}, f"λ of {row.name}: {chosen.weight}, as given")
-        if not self.experiment.development:
+        if language is not None and row.criterion == "norms":
+            return self._by_norms(row, language)
+        if language is None and not self.experiment.development:
             raise ConfigError(
                 f"'{row.name}' needs development languages to choose λ on",
-                remedy="add development: [..], languages that are not targets, or fix selection.weight",
+                remedy="add development: [..], languages that are not targets, or fix selection.weight, or choose without "
+                f"labels: {row.name}:entropy",
             )
+        weights = sorted({row.neutral, *(w for w in chosen.weights if not row.neutral or w < row.neutral)})
         inputs: dict[str, Step] = {}
-        for weight in (0.0, *chosen.weights):
-            for language in self.experiment.development:
+        for weight in weights:
+            for code in self.experiment.development if language is None else (language,):
                 for split in chosen.splits:
-                    for seed in self.experiment.seeds:
-                        step = self._candidate(row, weight, language, split, seed)
-                        inputs[f"{weight!r}/{language}/{split}/{seed}"] = self.scores(step)
-        config = {"weights": [0.0, *chosen.weights], "criterion": "gold_log_likelihood"}
-        return self.step("select", config, inputs, {}, f"select λ of {row.name}")
+                    for seed in self.seeds(row):
+                        inputs[f"{weight!r}/{code}/{split}/{seed}"] = self._candidate(row, weight, code, split, seed)
+        config: dict[str, Any] = {"weights": weights, "criterion": _CRITERION[row.criterion]}
+        if row.neutral:
+            config["neutral"] = row.neutral
+        return self.step("select", config, inputs, {}, f"select λ of {row.name}" + (f" {language}" if language else ""))
+
+    def _by_norms(self, row: Method, language: str) -> Step:
+        inputs: dict[str, Step] = {}
+        for seed in self.seeds(row):
+            parts = self.graft_inputs(row, language, seed)
+            inputs[f"references/{seed}"] = self._likeness(parts["target_ref"], parts["source_ref"], language, seed)
+            inputs[f"task/{seed}"] = self._likeness(parts["task"], parts["target_ref"], language, seed, "task and ")
+        config = {"criterion": "norms", "highest": max(self.experiment.selection.weights)}
+        return self.step("select", config, inputs, {}, f"select λ of {row.name} {language}")
 
     def _candidate(self, row: Method, weight: float, language: str, split: str, seed: int) -> Step:
+        """What a weight is judged by: scores of answers, or the likelihood of the items as text."""
         limit = self.experiment.selection.limit
-        if weight == 0:
-            task = {"adapter": self.task_adapter(self.experiment.source, seed)}
-            return self.prediction(task, None, language, split, limit, f"eng-ft seed {seed}")
-        graft = {**self.graft_config(row), "weight": weight}
-        inputs = self.graft_inputs(row, language, seed)
-        return self.prediction(inputs, graft, language, split, limit, f"{row.name} λ={weight:g} seed {seed}")
+        if weight == row.neutral:
+            graft, inputs = None, {"adapter": self.task_adapter(self.experiment.source, seed)}
+            label = f"eng-ft seed {seed}"
+        else:
+            graft = {**self.graft_config(row), "weight": weight}
+            inputs = self.graft_inputs(row, language, seed)
+            label = f"{row.name.partition(':')[0]} λ={weight:g} seed {seed}"
+        if row.criterion == "likelihood":
+            return self.reading(inputs, graft, language, split, limit, label)
+        return self.scores(self.prediction(inputs, graft, language, split, limit, label))
+
+    def reading(
+        self, inputs: Mapping[str, Step], graft: Plain | None, language: str, split: str, limit: int | None, label: str
+    ) -> Step:
+        """The likelihood of items as text; their labels are not looked at."""
+        config = {
+            "task": self.task.spec(),
+            "language": language,
+            "split": split,
+            "limit": limit,
+            "max_length": self.experiment.training.max_length,
+            "dtype": self.dtype,
+            "graft": graft,
+        }
+        reads = {**self.base, "rows": self.rows_digest(language, split)}
+        return self.step("read", config, inputs, reads, f"read {label} {language} {split}")
 
     def cell(self, row: Method, language: str, seed: int) -> Cell:
         """The steps behind one number of the table."""
@@ -343,21 +441,29 @@ class _Planner:
         if row.adapter == "none":
             return None
         if row.adapter == "graft":
-            inputs = {**self.graft_inputs(row, language, seed), "selection": self.selections[row.name]}
+            inputs = {**self.graft_inputs(row, language, seed), "selection": self._chosen(row, language)}
             return self.step("merge", self.graft_config(row), inputs, {}, f"merge {row.name} {language} seed {seed}")
         if row.adapter == "sequential":
             return self.task_adapter(self.experiment.source, seed, start_from=self.reference_adapter(language, seed))
+        if row.adapter == "projected":
+            return self.projected_adapter(language, seed)
         return self.task_adapter(language if row.adapter == "target" else self.experiment.source, seed)
+
+    def _chosen(self, row: Method, language: str) -> Step:
+        return self.selections[row.name, None if row.criterion == "labels" else language]
 
     def comparison(self, language: str, seed: int) -> Step:
         """How alike the updates of the two references are: cos(ΔR_t, ΔR_s)."""
-        inputs = {
-            "target_ref": self.reference_adapter(language, seed),
-            "source_ref": self.reference_adapter(self.experiment.source, seed),
-        }
-        return self.step(
-            "compare", {}, inputs, {}, f"compare references {language} {self.experiment.source} seed {seed}"
-        )
+        target, source = (self.reference_adapter(code, seed) for code in (language, self.experiment.source))
+        return self._likeness(target, source, f"{language} {self.experiment.source}", seed)
+
+    def _likeness(self, x: Step, y: Step, languages: str, seed: int, more: str = "") -> Step:
+        inputs = {"target_ref": x, "source_ref": y}
+        return self.step("compare", {}, inputs, {}, f"compare {more}references {languages} seed {seed}")
+
+
+_CRITERION = {"labels": "gold_log_likelihood", "entropy": "entropy", "likelihood": "text_log_likelihood"}
+"""What of a candidate's figures a criterion compares."""
 
 
 def characters(experiment: Experiment, steps: Sequence[Step]) -> dict[str, int]:
@@ -368,7 +474,7 @@ def characters(experiment: Experiment, steps: Sequence[Step]) -> dict[str, int]:
     for step in steps:
         config = step.config
         path: Path | None = None
-        if "reference" in config:
+        if "reference" in config or "projected" in config:
             path = reference_path(experiment.reference, config["language"], experiment.data_dir)
         elif "split" in config and data_dir is not None:
             path = getattr(task.source(config["language"], config["split"], data_dir), "path", None)

@@ -19,7 +19,7 @@ SCORES = "scores.json"
 
 
 def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Accuracy, macro-F1 and mean gold log-likelihood; the means with a 95 % bootstrap interval."""
+    """Accuracy, macro-F1, mean gold log-likelihood and mean entropy; a mean over labels with a 95 % bootstrap interval."""
     right = np.array([float(p.answer == p.gold) for p in predictions])
     likelihood = np.array([p.gold_log_likelihood for p in predictions])
     return {
@@ -30,6 +30,7 @@ def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
             "value": metrics.gold_log_likelihood(predictions),
             "interval": list(mean_interval(likelihood)),
         },
+        "entropy": {"value": metrics.entropy(predictions)},
     }
 
 

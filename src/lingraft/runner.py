@@ -122,7 +122,7 @@ def write_manifest(plan: Plan, located: Located, store: Store, out: Path) -> Non
         return f"{step.kind}/{step.key}"
 
     manifest: dict[str, Any] = {
-        "format": 1,
+        "format": 2,
         "experiment": plan.experiment.model_dump(mode="json"),
         "backbone": {"name": located.name, "digest": located.digest},
         "store": os.path.relpath(store.root, out.absolute()),
@@ -137,7 +137,10 @@ def write_manifest(plan: Plan, located: Located, store: Store, out: Path) -> Non
             }
             for cell in plan.cells
         ],
-        "selections": {name: f"{place(step)}/{SELECTED}" for name, step in plan.selections.items()},
+        "selections": [
+            {"method": name, "language": language, "path": f"{place(step)}/{SELECTED}"}
+            for (name, language), step in plan.selections.items()
+        ],
         "comparisons": [
             {"language": language, "seed": seed, "path": f"{place(step)}/{SIMILARITY}"}
             for (language, seed), step in plan.comparisons.items()

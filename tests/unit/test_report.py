@@ -15,7 +15,7 @@ from lingraft.commands.experiments import show_report
 from lingraft.errors import UserError
 from lingraft.metrics import Prediction
 from lingraft.predictions import write_evaluation
-from lingraft.report.results import results
+from lingraft.report.results import FORMAT, results
 from lingraft.report.tables import (
     NO_DATA,
     average_table,
@@ -78,13 +78,13 @@ def make_run(
                     adapter.mkdir(parents=True)
                     write_json(adapter / "step.json", {"n": seed})
                     cells[-1]["adapter"] = f"merge/{language}-{seed}"
-    selections: dict[str, str] = {}
+    selections: list[dict[str, Any]] = []
     if "adamergex" in right:
         write_json(store / "selected.json", {"weight": 0.5, "criterion": "gold_log_likelihood", "curve": CURVE})
-        selections["adamergex"] = "selected.json"
+        selections.append({"method": "adamergex", "language": None, "path": "selected.json"})
     write_json(store / "similarity.json", {"cosine": 0.25, "norms": [3.0, 4.0]})
     manifest = {
-        "format": 1,
+        "format": FORMAT,
         "experiment": {
             "name": "by-hand",
             "task": "topics",

@@ -123,7 +123,9 @@ def show_report(run_dir: Path, as_json: bool, fresh: bool = True) -> dict[str, A
 def _draw(found: dict[str, Any], run_dir: Path) -> list[str]:
     import importlib.util
 
-    if not found["selections"] or importlib.util.find_spec("matplotlib") is None:
+    from lingraft.report.tables import labelled
+
+    if not labelled(found) or importlib.util.find_spec("matplotlib") is None:
         return []
     from lingraft.report.figures import draw_curves
 
@@ -134,7 +136,9 @@ def _draw(found: dict[str, Any], run_dir: Path) -> list[str]:
 def _collect_adapters(found: dict[str, Any], target: Path) -> None:
     """Copies the grafted adapters to where a user looks for them, each folder at once."""
     for entry in found["adapters"]:
-        name = f"{entry['method']}-{entry['language']}" + (f"-seed{entry['seed']}" if len(found["seeds"]) > 1 else "")
+        name = f"{entry['method'].replace(':', '-by-')}-{entry['language']}" + (
+            f"-seed{entry['seed']}" if len(found["seeds"]) > 1 else ""
+        )
         final, partial = target / name, target / f".{name}.partial"
         mark = final / "step.json"
         source = Path(entry["path"])

@@ -5,6 +5,8 @@ from typing import Any
 
 import matplotlib
 
+from lingraft.report.tables import labelled
+
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
@@ -13,7 +15,7 @@ def draw_curves(found: dict[str, Any], path: Path) -> None:
     """Draws the λ curves of a run's results: gold log-likelihood on the development languages, the chosen points marked."""
     with plt.rc_context({"svg.hashsalt": "lingraft", "font.size": 10}):
         figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-        for name, selection in found["selections"].items():
+        for name, selection in labelled(found).items():
             curve = selection["curve"]
             if not curve:
                 continue

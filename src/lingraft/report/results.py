@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import numpy as np
 
 from lingraft.digests import digest_bytes
 from lingraft.errors import UserError
-from lingraft.methods import METHODS
+from lingraft.methods import method
 from lingraft.predictions import read_predictions, read_scores
 from lingraft.significance import mean_interval, paired_test, statistic_interval
 from lingraft.store import read_json
 
 BASELINE, CEILING = "eng-ft", "tgt-ft"
+FORMAT = 2
+"""Of the manifest."""
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -25,8 +28,9 @@ def results(run: Path) -> dict[str, Any]:
         run: The run's folder, which holds `manifest.json`.
 
     Returns:
-        `languages`, `methods` (per method: per language and `average`, with accuracy, macro-F1, gold log-likelihood,
-        difference to Eng-FT with interval and p, gap closed), `selections`, `references`, `absent`, and the experiment.
+        `languages`, `methods` (per method: per language, `average` over all targets and over each of the `groups`, with
+        accuracy, macro-F1, gold log-likelihood, difference to Eng-FT with interval and p, gap closed), `selections` (per
+        method, for all targets or per target), `references`, `absent`, and the experiment.
 
     Raises:
         UserError: This is not a run, or it is not finished.
@@ -37,12 +41,18 @@ def results(run: Path) -> dict[str, Any]:
             "this folder is not a finished run", where=run, remedy="give the --out folder of `lingraft run`"
         )
     manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            "this run was written by another version of lingraft",
+            where=run,
+            remedy="give its `lingraft run` command again: what is finished is kept",
+        )
     store, experiment = run.absolute() / manifest["store"], manifest["experiment"]
     cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for cell in manifest["cells"]:
         cells.setdefault((cell["method"], cell["language"]), []).append(cell)
     right = {key: _right(store, group) for key, group in cells.items()}
-    names = list(dict.fromkeys(method for method, _ in cells))
+    names = list(dict.fromkeys(name for name, _ in cells))
     table = {name: _method(name, experiment, cells, right, store) for name in names}
     return {
         "manifest": digest_bytes(path),
@@ -52,10 +62,10 @@ def results(run: Path) -> dict[str, Any]:
         "source": experiment["source"],
         "targets": experiment["targets"],
         "seeds": experiment["seeds"],
-        "items": {language: len(right[m, language][0]) for (m, language) in right},
+        "items": {language: len(right[m, language].ids) for (m, language) in right},
         "chance_and_size_warning": experiment.get("note"),
         "methods": table,
-        "selections": {name: read_json(store / place) for name, place in manifest["selections"].items()},
+        "selections": _selections(manifest["selections"], store),
         "references": [
             {k: c[k] for k in ("language", "seed")} | read_json(store / c["path"]) for c in manifest["comparisons"]
         ],
@@ -65,7 +75,8 @@ def results(run: Path) -> dict[str, Any]:
 
 
 def _adapters(manifest: dict[str, Any], store: Path) -> list[dict[str, Any]]:
-    grafts = {name for name, row in METHODS.items() if row.adapter == "graft" and not name.startswith("control")}
+    names = {c["method"] for c in manifest["cells"]}
+    grafts = {name for name in names if method(name).adapter == "graft" and not name.startswith("control")}
     return [
         {
             "method": c["method"],
@@ -78,22 +89,51 @@ def _adapters(manifest: dict[str, Any], store: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _right(store: Path, group: Sequence[dict[str, Any]]) -> tuple[list[str], Array]:
-    """The items' ids, and the share of seeds that answered each rightly."""
+def _selections(entries: Sequence[dict[str, Any]], store: Path) -> dict[str, Any]:
+    """The choices of λ by method: one for all targets, or below `by_language` one for each."""
+    found: dict[str, Any] = {}
+    for entry in entries:
+        chosen = read_json(store / entry["path"])
+        if entry["language"] is None:
+            found[entry["method"]] = chosen
+        else:
+            found.setdefault(entry["method"], {"by_language": {}})["by_language"][entry["language"]] = chosen
+    return found
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """Which items a method answered rightly in a language: items × seeds."""
+
+    ids: list[str]
+    seeds: list[int]
+    right: Array
+
+    def mean(self, seeds: Sequence[int] | None = None) -> Array:
+        """The share of seeds that answered each item rightly: of all seeds, or of those given that are here."""
+        chosen = [n for n, seed in enumerate(self.seeds) if seeds is None or seed in seeds]
+        return self.right[:, chosen or slice(None)].mean(axis=1)
+
+
+Answered = dict[tuple[str, str], _Answers]
+"""By method and language."""
+
+
+def _right(store: Path, group: Sequence[dict[str, Any]]) -> _Answers:
     ids: list[str] = []
     columns: list[list[float]] = []
     for cell in group:
         predictions = sorted(read_predictions(store / cell["predict"]), key=lambda p: p.id)
         ids = [p.id for p in predictions]
         columns.append([float(p.answer == p.gold) for p in predictions])
-    return ids, np.array(columns).mean(axis=0)
+    return _Answers(ids, [cell["seed"] for cell in group], np.array(columns).T)
 
 
 def _method(
     name: str,
     experiment: dict[str, Any],
     cells: dict[tuple[str, str], list[dict[str, Any]]],
-    right: dict[tuple[str, str], tuple[list[str], Array]],
+    right: Answered,
     store: Path,
 ) -> dict[str, Any]:
     languages: dict[str, Any] = {}
@@ -104,54 +144,61 @@ def _method(
         values = [s["accuracy"]["value"] for s in scores]
         languages[language] = {
             "accuracy": float(np.mean(values)),
-            "interval": list(mean_interval(right[name, language][1])),
+            "interval": list(mean_interval(right[name, language].mean())),
             "by_seed": values,
             "macro_f1": float(np.mean([s["macro_f1"]["value"] for s in scores])),
             "gold_log_likelihood": float(np.mean([s["gold_log_likelihood"]["value"] for s in scores])),
             **_against_baseline(name, [language], right),
         }
-    targets = [t for t in experiment["targets"] if (name, t) in right]
-    complete = len(targets) == len(experiment["targets"])
-    average = None
-    if complete:
-        own = np.array([languages[t]["accuracy"] for t in targets])
-        average = {
-            "accuracy": float(own.mean()),
-            "interval": _average_interval(name, targets, right),
-            **_against_baseline(name, targets, right),
-        }
+    row = method(name)
     return {
-        "title": METHODS[name].title,
-        "says": METHODS[name].says,
+        "title": row.title,
+        "says": row.says,
         "languages": languages,
-        "average": average,
+        "average": _together(name, experiment["targets"], languages, right),
+        "groups": {
+            group: _together(name, codes, languages, right) for group, codes in experiment.get("groups", {}).items()
+        },
+    }
+
+
+def _together(
+    name: str,
+    targets: Sequence[str],
+    languages: dict[str, Any],
+    right: Answered,
+) -> dict[str, Any] | None:
+    """A method's figures over several languages; None where it has none in one of them."""
+    if any((name, target) not in right for target in targets):
+        return None
+    return {
+        "accuracy": float(np.mean([languages[t]["accuracy"] for t in targets])),
+        "interval": _average_interval(name, targets, right),
+        **_against_baseline(name, targets, right),
     }
 
 
 def _aligned(
-    names: Sequence[str], languages: Sequence[str], right: dict[tuple[str, str], tuple[list[str], Array]]
+    parts: Sequence[tuple[str, Sequence[int] | None]], languages: Sequence[str], right: Answered
 ) -> Array | None:
-    """Items × (method × language) where all the languages hold the same items; None where they do not."""
-    ids = [right[name, language][0] for name in names for language in languages]
-    if any(other != ids[0] for other in ids[1:]):
+    """Items × (part × language), a part being a method and the seeds to take; None where languages hold other items."""
+    found = [(right[name, language], seeds) for name, seeds in parts for language in languages]
+    if any(answers.ids != found[0][0].ids for answers, _ in found[1:]):
         return None
-    return np.stack([right[name, language][1] for name in names for language in languages], axis=1)
+    return np.stack([answers.mean(seeds) for answers, seeds in found], axis=1)
 
 
-def _average_interval(
-    name: str, languages: Sequence[str], right: dict[tuple[str, str], tuple[list[str], Array]]
-) -> list[float] | None:
-    columns = _aligned([name], languages, right)
+def _average_interval(name: str, languages: Sequence[str], right: Answered) -> list[float] | None:
+    columns = _aligned([(name, None)], languages, right)
     return None if columns is None else list(mean_interval(columns))
 
 
-def _against_baseline(
-    name: str, languages: Sequence[str], right: dict[tuple[str, str], tuple[list[str], Array]]
-) -> dict[str, Any]:
-    """Difference to Eng-FT with interval and p, and the gap closed where Tgt-FT exists."""
+def _against_baseline(name: str, languages: Sequence[str], right: Answered) -> dict[str, Any]:
+    """Difference to Eng-FT with interval and p, and the gap closed where Tgt-FT exists; always of the same seeds."""
     if name == BASELINE or any((m, t) not in right for m in (name, BASELINE) for t in languages):
         return {}
-    pair = _aligned([name, BASELINE], languages, right)
+    seeds = right[name, languages[0]].seeds if method(name).adapter != "none" else None
+    pair = _aligned([(name, None), (BASELINE, seeds)], languages, right)
     if pair is None:
         # Items that are not translations of each other: languages cannot be resampled together.
         return {}
@@ -162,10 +209,11 @@ def _against_baseline(
         "difference_interval": list(mean_interval(differences)),
         "p": paired_test(differences),
     }
-    if name != CEILING and METHODS[name].adapter != "none" and all((CEILING, t) in right for t in languages):
-        three = _aligned([name, BASELINE, CEILING], languages, right)
-        if three is not None:
-            found["gap_closed"] = _gap_closed(three, n)
+    if name != CEILING and method(name).adapter != "none" and all((CEILING, t) in right for t in languages):
+        ceiling = right[CEILING, languages[0]].seeds
+        four = _aligned([(name, None), (BASELINE, seeds), (CEILING, None), (BASELINE, ceiling)], languages, right)
+        if four is not None:
+            found["gap_closed"] = _gap_closed(four, n)
     return found
 
 
@@ -174,7 +222,7 @@ def _gap_closed(columns: Array, n: int) -> dict[str, Any]:
 
     def ratio(means: Array) -> Array:
         gained = (means[..., :n] - means[..., n : 2 * n]).sum(axis=-1)
-        gap = (means[..., 2 * n :] - means[..., n : 2 * n]).sum(axis=-1)
+        gap = (means[..., 2 * n : 3 * n] - means[..., 3 * n :]).sum(axis=-1)
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(gap > 0, gained / gap, np.nan)
 

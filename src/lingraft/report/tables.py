@@ -62,22 +62,38 @@ def language_table(found: dict[str, Any]) -> Table:
     return ["method", *map(name_of, languages)], rows
 
 
-def average_table(found: dict[str, Any]) -> Table:
-    """Methods: the average over the target languages, the difference to Eng-FT with its p, and the gap closed."""
+def average_table(found: dict[str, Any], group: str | None = None) -> Table:
+    """Methods: the average over the target languages or a group of them, the difference to Eng-FT, and the gap closed."""
     rows: list[list[str]] = []
     for method in found["methods"].values():
-        average = method["average"]
+        average = method["average"] if group is None else method["groups"][group]
         shown = _with_interval(average) if average else "–"
         p = p_value((average or {}).get("p"))
         rows.append([method["title"], shown, _difference(average), p, _gap(average)])
-    return ["method", "average of targets", "against Eng-FT", "p", "gap closed"], rows
+    return ["method", f"average of {group or 'targets'}", "against Eng-FT", "p", "gap closed"], rows
+
+
+def average_tables(found: dict[str, Any]) -> list[Table]:
+    """The averages over every group of targets, or over all of them where there are no groups."""
+    groups = found["experiment"].get("groups") or {}
+    return [average_table(found, group) for group in groups] or [average_table(found)]
+
+
+def difference_table(found: dict[str, Any]) -> Table:
+    """Methods × target languages: the difference to Eng-FT, in points, with its 95 % interval."""
+    rows = [
+        [method["title"], *(_difference(method["languages"].get(code)) for code in found["targets"])]
+        for method in found["methods"].values()
+        if any("difference" in method["languages"].get(code, {}) for code in found["targets"])
+    ]
+    return ["against Eng-FT", *map(name_of, found["targets"])], rows
 
 
 def curve_table(found: dict[str, Any]) -> Table:
-    """The λ curve of every tuned method on the development languages; the chosen point is marked."""
+    """The λ curve of every method tuned on labels of the development languages; the chosen point is marked."""
     header = ["method", "λ", "gold log-likelihood", "accuracy", ""]
     rows = []
-    for name, selection in found["selections"].items():
+    for name, selection in labelled(found).items():
         title = found["methods"][name]["title"]
         if not selection["curve"]:
             rows.append([title, f"{selection['weight']:g}", "", "", "as given"])
@@ -90,6 +106,21 @@ def curve_table(found: dict[str, Any]) -> Table:
             ]
             rows.append([title, *figures, mark])
     return header, rows
+
+
+def labelled(found: dict[str, Any]) -> dict[str, Any]:
+    """The choices of λ that were made once, for all targets."""
+    return {name: selection for name, selection in found["selections"].items() if "by_language" not in selection}
+
+
+def weight_table(found: dict[str, Any]) -> Table:
+    """The λ of every method that chooses one for each target language, without labels."""
+    rows = [
+        [found["methods"][name]["title"], *(f"{selection['by_language'][c]['weight']:.3g}" for c in found["targets"])]
+        for name, selection in found["selections"].items()
+        if "by_language" in selection
+    ]
+    return ["λ chosen without labels", *map(name_of, found["targets"])], rows
 
 
 def reference_table(found: dict[str, Any]) -> Table:
@@ -115,14 +146,22 @@ def notes(found: dict[str, Any]) -> list[str]:
         f"Accuracy in percent, {seeds} seed{'s' if seeds > 1 else ''}; 95 % bootstrap intervals over items"
         + (" (one seed: they do not cover how much trainings differ)." if seeds == 1 else " of the seeds' mean."),
     ]
-    if found["selections"]:
+    if labelled(found):
         development = found["experiment"]["development"]
-        where = " and ".join(name_of(c) for c in development)
+        where = " and ".join(", ".join(name_of(c) for c in development).rsplit(", ", 1))
         said.append(
             f"λ was chosen on {where} only, and frozen before the test languages were scored."
             if where
             else "λ was given."
         )
+    if len(labelled(found)) < len(found["selections"]):
+        said.append("Where a method's name says by what, its λ was chosen for each target by itself, without a label in any.")
+    fewer = found["experiment"].get("seeds_of") or {}
+    said += [
+        f"{found['methods'][m]['title']}: {len(s)} seed{'s' if len(s) > 1 else ''}, compared with Eng-FT of the same."
+        for m, s in fewer.items()
+        if m in found["methods"]
+    ]
     said += [f"{found['methods'].get(m, {}).get('title', m)}, {name_of(c)}: {why}." for m, c, why in found["absent"]]
     if found["chance_and_size_warning"]:
         said.append(found["chance_and_size_warning"])
@@ -136,9 +175,16 @@ def markdown(found: dict[str, Any]) -> str:
         f"Task `{found['experiment']['task']}`, backbone `{found['backbone']['name']}`, source {name_of(found['source'])}.",
         "",
     ]
-    parts += [*_markdown_table(*language_table(found)), "", *_markdown_table(*average_table(found)), ""]
+    parts += [*_markdown_table(*language_table(found)), ""]
+    for table in average_tables(found):
+        parts += [*_markdown_table(*table), ""]
     parts += [*(f"- {note}" for note in notes(found)), ""]
-    if found["selections"]:
+    differences, weights = difference_table(found), weight_table(found)
+    if len(found["targets"]) > 1 and differences[1]:
+        parts += ["## Language by language", "", *_markdown_table(*differences), ""]
+    if weights[1]:
+        parts += ["## λ without labels", "", *_markdown_table(*weights), ""]
+    if labelled(found):
         parts += ["## λ on the development languages", "", *_markdown_table(*curve_table(found)), ""]
     if found["references"]:
         parts += ["## Likeness of the reference updates", "", *_markdown_table(*reference_table(found)), ""]
@@ -164,8 +210,9 @@ def csv_text(found: dict[str, Any]) -> str:
     for name, method in found["methods"].items():
         for language, cell in method["languages"].items():
             writer.writerow([name, language, *_csv_figures(cell)])
-        if method["average"]:
-            writer.writerow([name, "average", *_csv_figures(method["average"])])
+        for group, average in {**method["groups"], "average": method["average"]}.items():
+            if average:
+                writer.writerow([name, group, *_csv_figures(average)])
     return out.getvalue()
 
 

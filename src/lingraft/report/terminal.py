@@ -8,7 +8,15 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from lingraft.report.tables import average_table, language_table, notes, percent, reference_table
+from lingraft.report.tables import (
+    average_tables,
+    labelled,
+    language_table,
+    notes,
+    percent,
+    reference_table,
+    weight_table,
+)
 
 
 def show(found: dict[str, Any], console: Console) -> None:
@@ -18,10 +26,14 @@ def show(found: dict[str, Any], console: Console) -> None:
     if console.width < 24 + 14 * (len(header) - 1):
         rows = [[cell.split(" [")[0] for cell in row] for row in rows]
     _table(f"{found['name']}: accuracy, percent", header, rows, console)
-    _table("\nThe target languages together", *average_table(found), console)
+    for table in average_tables(found):
+        _table("\nLanguages together", *table, console)
     for note in notes(found):
         console.print(Text(f"· {note}"), style="dim")
-    if found["selections"]:
+    weights = weight_table(found)
+    if weights[1]:
+        _table("\nλ without labels", *weights, console)
+    if labelled(found):
         console.print(Text("\nλ on the development languages (gold log-likelihood, accuracy)"), style="bold")
         _curves(found, console)
     if found["references"]:
@@ -40,7 +52,7 @@ def _table(title: str, header: list[str], rows: list[list[str]], console: Consol
 
 
 def _curves(found: dict[str, Any], console: Console) -> None:
-    for name, selection in found["selections"].items():
+    for name, selection in labelled(found).items():
         console.print(Text(f"  {found['methods'][name]['title']}"))
         if not selection["curve"]:
             console.print(Text(f"    {selection['weight']:g}  as given"))

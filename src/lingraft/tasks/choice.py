@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lingraft.digests import digest_value
-from lingraft.errors import DataError, UserError, suggestion
+from lingraft.errors import ConfigError, DataError, UserError, suggestion
 from lingraft.languages import LANGUAGES
-from lingraft.prompts import fill
+from lingraft.prompts import fields_of, fill
 from lingraft.tasks.sources import BUNDLED, FileSource, HubSource, Row, Source
 
 SPLITS = ("train", "validation", "test")
@@ -139,6 +139,24 @@ class ChoiceTask:
                 raise DataError(error.what, where=row.place, remedy="correct the prompt template or the file") from None
             examples.append(Example(name, prompt, candidates, labels.index(label)))
         return examples
+
+    def of_text(self, texts: Sequence[str]) -> list[Example]:
+        """Items without labels, made of running text; an item's name is its place, its gold label means nothing.
+
+        Raises:
+            ConfigError: The prompt has not exactly one field to put a text into.
+        """
+        names = sorted(set(fields_of(self.template)))
+        if len(names) != 1:
+            raise ConfigError(
+                f"the task '{self.name}' cannot be asked of plain text: its prompt has the fields {', '.join(names)}",
+                remedy="use methods that need no projected labels",
+            )
+        candidates = tuple(" " + text for text in self.answers.values())
+        return [
+            Example(str(place), fill(self.template, {names[0]: text}), candidates, 0)
+            for place, text in enumerate(texts)
+        ]
 
     def spec(self) -> dict[str, object]:
         """What of the task can change a result, for step keys."""
