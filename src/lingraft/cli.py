@@ -148,6 +148,19 @@ def run(
     return experiments.run_experiment(experiment, overrides, data_dir, out, store, on, dry_run, as_json)
 
 
+@main.command()
+@click.argument("experiment", type=FOLDER)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--data-dir", help="Upstream files of the data sets; 'bundled' for lingraft's own.")
+@click.option("--store", type=FOLDER, help="Folder of finished steps, shared with runs.  [default: runs/store]")
+@verb
+def tune(experiment: Path, overrides: tuple[str, ...], data_dir: str | None, store: Path | None, as_json: bool) -> Any:
+    """Try the weights of an experiment's methods on its development languages. No target's item is read."""
+    from lingraft.commands import experiments
+
+    return experiments.tune_experiment(experiment, overrides, data_dir, store, as_json)
+
+
 def _model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--tasks", "tasks_file", type=FOLDER, help="YAML with your own tasks (a `tasks:` mapping)."),

@@ -138,6 +138,7 @@ class SelectionConfig(Config):
     weights: tuple[Weight, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
     splits: tuple[Literal["train", "validation"], ...] = ("validation",)
     limit: int | None = Field(default=None, ge=1, description="items per language and split")
+    seeds: tuple[int, ...] | None = Field(default=None, description="some of the seeds to choose on; absent: all")
     weight: Weight | None = Field(default=None, description="a fixed λ: nothing is chosen")
 
     @model_validator(mode="after")
@@ -256,6 +257,8 @@ class Experiment(Config):
 
     @model_validator(mode="after")
     def _fewer_seeds(self) -> "Experiment":
+        if self.selection.seeds is not None and not set(self.seeds) >= set(self.selection.seeds) > set():
+            raise ValueError(f"'selection.seeds' must be some of {list(self.seeds)}")
         for name, seeds in self.seeds_of.items():
             if name not in self.methods:
                 raise ValueError(f"'seeds_of' names '{name}', which is not one of the methods")

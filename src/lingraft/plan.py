@@ -173,6 +173,11 @@ class _Planner:
         """The seeds of a method."""
         return self.experiment.seeds_of.get(row.name, self.experiment.seeds)
 
+    def judging(self, row: Method) -> tuple[int, ...]:
+        """The seeds on which a method's λ is chosen."""
+        own, some = self.seeds(row), self.experiment.selection.seeds
+        return own if some is None else tuple(seed for seed in own if seed in some) or own
+
     def step(self, kind: str, config: Plain, inputs: Mapping[str, Step], reads: Plain, label: str) -> Step:
         """A step, the same object for the same work."""
         made = Step(kind, config, inputs, reads, label)
@@ -381,7 +386,7 @@ class _Planner:
         for weight in weights:
             for code in self.experiment.development if language is None else (language,):
                 for split in chosen.splits:
-                    for seed in self.seeds(row):
+                    for seed in self.judging(row):
                         inputs[f"{weight!r}/{code}/{split}/{seed}"] = self._candidate(row, weight, code, split, seed)
         config: dict[str, Any] = {"weights": weights, "criterion": _CRITERION[row.criterion]}
         if row.neutral:
@@ -390,7 +395,7 @@ class _Planner:
 
     def _by_norms(self, row: Method, language: str) -> Step:
         inputs: dict[str, Step] = {}
-        for seed in self.seeds(row):
+        for seed in self.judging(row):
             parts = self.graft_inputs(row, language, seed)
             inputs[f"references/{seed}"] = self._likeness(parts["target_ref"], parts["source_ref"], language, seed)
             inputs[f"task/{seed}"] = self._likeness(parts["task"], parts["target_ref"], language, seed, "task and ")

@@ -11,7 +11,7 @@ from lingraft.digests import digest_value
 from lingraft.errors import Interrupted, LingraftError, RunFailed, UserError, suggestion
 from lingraft.execution import SELECTED, SIMILARITY, Session, check_data, execute
 from lingraft.locating import Located, locate
-from lingraft.plan import Plan, Step, characters, make_plan
+from lingraft.plan import Plan, Step, characters, make_plan, ordered
 from lingraft.store import Store, write_json
 
 MANIFEST = "manifest.json"
@@ -81,6 +81,39 @@ def run(
         _run_steps(todo, session, events)
     write_manifest(plan, located, shelf, out)
     return Outcome(plan, len(todo), len(plan.steps) - len(todo), out / MANIFEST)
+
+
+def tune(experiment: Experiment, store: str | Path, *, events: Events | None = None) -> tuple[Plan, Store]:
+    """Does what the choice of λ on the development languages needs, and nothing else: no target's item is read.
+
+    Args:
+        experiment: Its methods with a weight are tuned.
+        store: The folder of finished steps.
+        events: Whom to tell.
+
+    Returns:
+        The plan, whose selections are now finished, and the store.
+
+    Raises:
+        RunFailed: Some steps failed.
+        Interrupted: Ctrl-C.
+        UserError: The experiment cannot be planned, or has nothing to choose.
+    """
+    events, located = events or Events(), locate(experiment.backbone)
+    plan = make_plan(experiment, located)
+    wanted = [s for (_, language), s in plan.selections.items() if language is None and "weights" in s.config]
+    if not wanted:
+        raise UserError(
+            "there is no weight to choose on development languages",
+            remedy="give methods such as adamergex-product, and leave selection.weight out",
+        )
+    shelf = Store(Path(store))
+    todo = [step for step in ordered(wanted) if not shelf.has(step.kind, step.key)]
+    if todo:
+        session = Session(experiment, located, shelf, events.progress)
+        check_data(todo, session)
+        _run_steps(todo, session, events)
+    return plan, shelf
 
 
 def _run_steps(todo: Sequence[Step], session: Session, events: Events) -> None:

@@ -57,6 +57,29 @@ def run_experiment(
     return show_report(out, as_json, fresh=outcome.ran > 0)
 
 
+def tune_experiment(
+    path: Path, overrides: Sequence[str], data_dir: str | None, store: Path | None, as_json: bool
+) -> dict[str, Any] | None:
+    """`lingraft tune`."""
+    from lingraft.methods import method
+    from lingraft.report.terminal import show_tuning
+    from lingraft.report.tuning import tuning
+    from lingraft.runner import Events, tune
+
+    experiment = load_experiment(path, overrides)
+    if data_dir is not None:
+        experiment = experiment.model_copy(update={"data_dir": data_dir})
+    shelf = store or Path("runs") / "store"
+    _notices(experiment, as_json)
+    with Watcher(as_json) as watcher, writing(shelf):
+        plan, kept = tune(experiment, shelf, events=Events(watcher.step, watcher.progress, watcher.failure))
+    found = tuning(plan, kept)
+    if as_json:
+        return found
+    show_tuning(found, {name: method(name).title for name in found}, Console())
+    return None
+
+
 def _notices(experiment: Experiment, quiet: bool) -> None:
     from lingraft.tasks.table import choice_task
 

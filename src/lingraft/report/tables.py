@@ -155,7 +155,9 @@ def notes(found: dict[str, Any]) -> list[str]:
             else "λ was given."
         )
     if len(labelled(found)) < len(found["selections"]):
-        said.append("Where a method's name says by what, its λ was chosen for each target by itself, without a label in any.")
+        said.append(
+            "Where a method's name says by what, its λ was chosen for each target by itself, without a label in any."
+        )
     fewer = found["experiment"].get("seeds_of") or {}
     said += [
         f"{found['methods'][m]['title']}: {len(s)} seed{'s' if len(s) > 1 else ''}, compared with Eng-FT of the same."

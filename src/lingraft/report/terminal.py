@@ -17,6 +17,7 @@ from lingraft.report.tables import (
     reference_table,
     weight_table,
 )
+from lingraft.report.tuning import tuning_table
 
 
 def show(found: dict[str, Any], console: Console) -> None:
@@ -49,6 +50,12 @@ def _table(title: str, header: list[str], rows: list[list[str]], console: Consol
     for row in rows:
         table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in row))
     console.print(table)
+
+
+def show_tuning(found: dict[str, Any], titles: dict[str, str], console: Console) -> None:
+    """Prints how every method's weights do on the development languages."""
+    header, rows = tuning_table(found, titles)
+    _table("Development languages: gold log-likelihood, nats; differences with 95 % intervals", header, rows, console)
 
 
 def _curves(found: dict[str, Any], console: Console) -> None:
