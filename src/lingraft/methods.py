@@ -119,6 +119,14 @@ _ROWS = (
         space="product",
     ),
     Method(
+        "control-projected-source",
+        "control: source's projection",
+        "T + λ(P_s − T): T trained on with its own labels in its own language, so nothing of the target's (LoRA)",
+        "graft",
+        ("projected-source", "task"),
+        space="product",
+    ),
+    Method(
         "control-projected-other",
         "control: other language's projection",
         "T + λ(P_other − T): another language's projection (LoRA)",
