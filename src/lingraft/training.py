@@ -306,10 +306,12 @@ def _save(
         return
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     for name, parameter in parameters.items():
-        state = optimizer.state[parameter]
         tensors[f"parameter/{name}"] = parameter.detach().cpu().numpy()
-        tensors[f"mean/{name}"] = state["exp_avg"].cpu().numpy()
-        tensors[f"variance/{name}"] = state["exp_avg_sq"].cpu().numpy()
+        # A parameter that no gradient has reached yet, such as an expert no token was sent to, has no state.
+        if state := optimizer.state.get(parameter):
+            tensors[f"mean/{name}"] = state["exp_avg"].cpu().numpy()
+            tensors[f"variance/{name}"] = state["exp_avg_sq"].cpu().numpy()
+            tensors[f"updates/{name}"] = state["step"].cpu().numpy().reshape(1)
     partial = out / f".{CHECKPOINT}"
     write_all(partial, tensors, {"step": str(step), "seconds": f"{seconds:.3f}", "tokens": str(tokens)})
     partial.replace(out / CHECKPOINT)
@@ -325,16 +327,17 @@ def _resume(out: Path, parameters: dict[str, torch.nn.Parameter], optimizer: "Op
     step = int(saved.metadata["step"])
     with torch.no_grad():
         for name, parameter in parameters.items():
-            values = [
-                torch.from_numpy(np.array(saved.read(f"{part}/{name}"))) for part in ("parameter", "mean", "variance")
-            ]
-            here = [v.to(parameter.device) for v in values]
-            parameter.copy_(here[0])
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": here[1],
-                "exp_avg_sq": here[2],
-            }
+
+            def read(part: str, name: str = name) -> torch.Tensor:
+                return torch.from_numpy(np.array(saved.read(f"{part}/{name}")))
+
+            parameter.copy_(read("parameter").to(parameter.device))
+            if f"mean/{name}" in saved.names:
+                optimizer.state[parameter] = {
+                    "step": read("updates")[0],
+                    "exp_avg": read("mean").to(parameter.device),
+                    "exp_avg_sq": read("variance").to(parameter.device),
+                }
     lines = (out / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)[:step]
     (out / METRICS).write_text("".join(lines), encoding="utf-8")
     return step, float(saved.metadata["seconds"]), int(saved.metadata["tokens"])

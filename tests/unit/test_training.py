@@ -24,7 +24,7 @@ from lingraft.config import AdapterConfig, TrainingConfig
 from lingraft.errors import AdapterError, DataError, LingraftError, UserError
 from lingraft.structures import fresh
 from lingraft.tasks.choice import Example
-from lingraft.training import batch_loss, hash_tensors, learning_rate, train
+from lingraft.training import METRICS, _resume, _save, batch_loss, hash_tensors, learning_rate, train
 
 SMALL = AdapterConfig(rank=2, dropout=0.1)
 EXAMPLES = [
@@ -192,6 +192,31 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_bytes(tiny: Backbone, t
     assert not list((tmp_path / "parts").glob("*checkpoint*"))
     steps = [json.loads(line)["step"] for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 10))
+
+
+def test_a_checkpoint_holds_parameters_that_no_gradient_has_reached(tmp_path: Path) -> None:
+    def made() -> tuple[dict[str, torch.nn.Parameter], torch.optim.AdamW]:
+        parameters = {"used": torch.nn.Parameter(torch.ones(2)), "late": torch.nn.Parameter(torch.ones(2))}
+        return parameters, torch.optim.AdamW(parameters.values(), lr=0.1)
+
+    def go(parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.AdamW, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad(set_to_none=True)
+            sum(p.square().sum() for n, p in parameters.items() if n == "used" or step >= 3).backward()  # pyright: ignore
+            optimizer.step()
+
+    whole = made()
+    go(*whole, range(6))
+    stopped, again = made(), made()
+    for first, last in ((0, 2), (2, 4), (4, 6)):
+        go(*stopped, range(first, last))
+        (tmp_path / METRICS).write_text("")
+        _save(tmp_path, *stopped, step=last, seconds=0.0, tokens=0)
+        again = made()
+        assert _resume(tmp_path, *again)[0] == last
+        stopped = again
+    for name, parameter in whole[0].items():
+        assert torch.equal(parameter, again[0][name])
 
 
 def test_training_goes_on_from_another_adapter(tiny: Backbone, tmp_path: Path) -> None:
