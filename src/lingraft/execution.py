@@ -25,6 +25,7 @@ from lingraft.tasks.table import choice_task
 
 if TYPE_CHECKING:
     from lingraft.backbones import Backbone
+    from lingraft.batching import TokenSequence
 
 SELECTED = "selected.json"
 SIMILARITY = "similarity.json"
@@ -89,6 +90,8 @@ def check_data(steps: Sequence[Step], session: Session) -> None:
         session.examples(language, split, None)
     read = {s.config["language"] for s in steps if "reference" in s.config}
     projected = {s.config["language"] for s in steps if "projected" in s.config}
+    if projected:
+        projected.add(session.experiment.source)  # Its labels may be finished already.
     lines = {language: len(session.lines(language)) for language in sorted(read | projected)}
     counts = {language: lines[language] for language in sorted(projected)}
     if len(set(counts.values())) > 1:
@@ -108,44 +111,47 @@ def execute(step: Step, session: Session, work: Path) -> None:
 
 
 def _train(step: Step, session: Session, work: Path) -> dict[str, Any]:
-    from lingraft import batching, training
+    from lingraft import training
 
     config = step.config
     values = TrainingConfig(**config["training"])
-    backbone = session.backbone
-    what: dict[str, Any] = {"language": config["language"]}
-    if "reference" in config:
-        reference = session.experiment.reference
-        pieces = segments(session.lines(config["language"]), backbone.encode, reference, backbone.prefix)
-        sequences = batching.text_sequences(pieces)
-        what["reference"] = config["reference"]
-    elif config.get("initial"):
-        # One sequence, read zero times: the adapter stays what all trainings of the seed start from.
-        sequences = batching.text_sequences([[0, 0]])
-        what["initial"] = True
-    else:
-        if "projected" in config:
-            labels = read_json(session.folder(step.inputs["labels"]) / LABELS)
-            task = choice_task(session.experiment.task, session.experiment.tasks)
-            items = projected_examples(task, _shortened(config, session), labels["labels"])
-            what["projected"] = len(items)
-        else:
-            items = session.examples(config["language"], "train", None)
-        sequences = batching.answer_sequences(backbone, items, values.max_length)
-        what["task"] = config["task"]["task"]
+    sequences, what = _sequences(step, session, values.max_length)
     start = step.inputs.get("start_from")
     return training.train(
-        backbone,
+        session.backbone,
         sequences,
         work,
         adapter=AdapterConfig(**config["adapter"]),
         training=values,
         seed=config["seed"],
         start_from=None if start is None else session.folder(start),
-        provenance={**what, "training": values.key(), "step": step.key},
+        provenance={"language": config["language"], **what, "training": values.key(), "step": step.key},
         trackers=session.experiment.trackers,
         progress=lambda done, total, loss: session.progress(done, total, f"loss {loss:.3f}"),
     )
+
+
+def _sequences(step: Step, session: Session, max_length: int) -> tuple[list["TokenSequence"], dict[str, Any]]:
+    """What a training reads, and what its adapter's provenance says of it."""
+    from lingraft import batching
+
+    config, backbone = step.config, session.backbone
+    if "reference" in config:
+        lines, reference = session.lines(config["language"]), session.experiment.reference
+        pieces = segments(lines, backbone.encode, reference, backbone.prefix)
+        return batching.text_sequences(pieces), {"reference": config["reference"]}
+    if config.get("initial"):
+        # One sequence, read zero times: the adapter stays what all trainings of the seed start from.
+        return batching.text_sequences([[0, 0]]), {"initial": True}
+    what: dict[str, Any] = {"task": config["task"]["task"]}
+    if "projected" in config:
+        labels = read_json(session.folder(step.inputs["labels"]) / LABELS)["labels"]
+        task = choice_task(session.experiment.task, session.experiment.tasks)
+        items = projected_examples(task, _shortened(config, session), labels)
+        what["projected"] = len(items)
+    else:
+        items = session.examples(config["language"], "train", None)
+    return batching.answer_sequences(backbone, items, max_length), what
 
 
 def _grafted(
