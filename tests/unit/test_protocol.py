@@ -276,6 +276,12 @@ def test_weights_chosen_without_labels_are_shown_by_language(tmp_path: Path):
     assert any("without a label" in note for note in notes(found))
 
 
+def test_a_weight_that_was_given_was_not_chosen(tmp_path: Path):
+    run = make_run(tmp_path)
+    write_json(run / "store/selected.json", {"weight": 0.7, "curve": []})
+    assert "λ was given." in notes(results(run))
+
+
 def test_a_run_of_another_version_is_refused(tmp_path: Path):
     run = make_run(tmp_path)
     from lingraft.store import read_json

@@ -147,7 +147,8 @@ def notes(found: dict[str, Any]) -> list[str]:
         + (" (one seed: they do not cover how much trainings differ)." if seeds == 1 else " of the seeds' mean."),
     ]
     if labelled(found):
-        development = found["experiment"]["development"]
+        chosen = any(selection["curve"] for selection in labelled(found).values())
+        development = found["experiment"]["development"] if chosen else []
         where = " and ".join(", ".join(name_of(c) for c in development).rsplit(", ", 1))
         said.append(
             f"λ was chosen on {where} only, and frozen before the test languages were scored."
