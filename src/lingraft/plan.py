@@ -347,18 +347,24 @@ class _Planner:
         label: str,
     ) -> Step:
         """Predictions of the base, an adapter, or a graft merged in memory."""
-        config = {
+        config, reads = self._asked(graft, language, split, limit)
+        config["scoring"] = self.experiment.evaluation.scoring
+        return self.step("predict", config, inputs, reads, f"predict {label} {language} {split}")
+
+    def _asked(
+        self, graft: Plain | None, language: str, split: str, limit: int | None
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """Which items a model is given, and what is put on it: configuration, and digests of what is read."""
+        config: dict[str, Any] = {
             "task": self.task.spec(),
             "language": language,
             "split": split,
             "limit": limit,
-            "scoring": self.experiment.evaluation.scoring,
             "max_length": self.experiment.training.max_length,
             "dtype": self.dtype,
             "graft": graft,
         }
-        reads = {**self.base, "rows": self.rows_digest(language, split)}
-        return self.step("predict", config, inputs, reads, f"predict {label} {language} {split}")
+        return config, {**self.base, "rows": self.rows_digest(language, split)}
 
     def scores(self, prediction: Step) -> Step:
         """The metrics of predictions."""
@@ -420,16 +426,7 @@ class _Planner:
         self, inputs: Mapping[str, Step], graft: Plain | None, language: str, split: str, limit: int | None, label: str
     ) -> Step:
         """The likelihood of items as text; their labels are not looked at."""
-        config = {
-            "task": self.task.spec(),
-            "language": language,
-            "split": split,
-            "limit": limit,
-            "max_length": self.experiment.training.max_length,
-            "dtype": self.dtype,
-            "graft": graft,
-        }
-        reads = {**self.base, "rows": self.rows_digest(language, split)}
+        config, reads = self._asked(graft, language, split, limit)
         return self.step("read", config, inputs, reads, f"read {label} {language} {split}")
 
     def cell(self, row: Method, language: str, seed: int) -> Cell:
