@@ -14,7 +14,7 @@ import numpy as np
 
 from lingraft.config import TrainingConfig
 from lingraft.errors import DataError
-from lingraft.tasks.choice import Example
+from lingraft.tasks.items import Example
 
 if TYPE_CHECKING:
     from lingraft.backbones import Backbone

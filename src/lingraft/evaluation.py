@@ -19,7 +19,7 @@ from lingraft.errors import DataError, UserError
 from lingraft.losses import project, summed_cross_entropy
 from lingraft.metrics import Prediction
 from lingraft.predictions import score, write_evaluation
-from lingraft.tasks.choice import Example
+from lingraft.tasks.items import Example
 
 Progress = Callable[[int, int], None]
 

@@ -17,7 +17,8 @@ from lingraft.merging import Graft, content_digest, divergence_of, energy_kept, 
 from lingraft.plan import Step
 from lingraft.predictions import SCORES, read_predictions, read_scores, score, write_predictions
 from lingraft.store import Store, read_json, write_json
-from lingraft.tasks.choice import Example, bundled_or, subset
+from lingraft.tasks.choice import bundled_or
+from lingraft.tasks.items import Example, subset
 from lingraft.tasks.projection import projected_examples, projected_labels, shortened
 from lingraft.tasks.reference import reference_path, segments
 from lingraft.tasks.sources import read_lines

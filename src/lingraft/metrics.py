@@ -1,7 +1,7 @@
-"""Metrics of choice tasks: accuracy, macro-F1, and the mean log-likelihood of the gold labels."""
+"""What models said to items, and the metrics of choice tasks: accuracy, macro-F1, the log-likelihood of the gold labels."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -14,12 +14,14 @@ class Prediction:
         gold: The index of the right candidate.
         scores: Log-likelihood of every candidate after the prompt, in nats.
         prompt: The text the model read.
+        truncated: Whether the prompt was too long for the model and lost some of its context.
     """
 
     id: str
     gold: int
     scores: tuple[float, ...]
     prompt: str = ""
+    truncated: bool = False
 
     @property
     def answer(self) -> int:
@@ -40,6 +42,44 @@ class Prediction:
         total = sum(weights)
         # log total − Σ p·(s − top): no logarithm of a weight that underflowed to zero.
         return math.log(total) - sum(w / total * (s - top) for w, s in zip(weights, self.scores, strict=True))
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a model wrote after one item's prompt, or (an encoder) marked in its context.
+
+    Attributes:
+        id: The item.
+        prompt: The text the model read; it is not part of `text`.
+        text: What it wrote, as it is; None where only the right answer's likelihood was asked for.
+        references: All right answers; for a choice task the name of the right label.
+        gold_log_likelihood: Mean log-likelihood of a token of the right answer after the prompt, in nats; None: not asked for.
+        truncated: Whether the prompt was too long for the model and lost some of its context.
+    """
+
+    id: str
+    prompt: str
+    text: str | None
+    references: tuple[str, ...]
+    gold_log_likelihood: float | None = None
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What was read in a generated text, and what it is worth.
+
+    Attributes:
+        id: The item.
+        answer: The answer that was read in the text; None: it cannot be parsed.
+        reason: How it was read, or why it cannot be.
+        figures: The item's figure by metric, from 0 to 1.
+    """
+
+    id: str
+    answer: str | None
+    reason: str
+    figures: Mapping[str, float]
 
 
 def accuracy(predictions: Sequence[Prediction]) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lingraft.languages import LANGUAGES
-from lingraft.tasks.choice import Example
+from lingraft.tasks.items import Example
 from lingraft.tasks.sources import BUNDLED, FileSource, read_lines
 from lingraft.tasks.table import TASKS
 

@@ -12,7 +12,7 @@ from lingraft.config import AdapterConfig, TrainingConfig
 from lingraft.errors import DataError, UserError
 from lingraft.evaluation import evaluate, predict
 from lingraft.predictions import read_predictions, read_scores
-from lingraft.tasks.choice import Example
+from lingraft.tasks.items import Example
 from lingraft.training import train
 
 DISTINCT = [

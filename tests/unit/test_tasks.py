@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from lingraft.config import CustomTask, ReferenceConfig, validated
 from lingraft.errors import BackboneError, DataError, LingraftError, UserError
 from lingraft.prompts import fields_of, fill
-from lingraft.tasks.choice import ChoiceTask, Example, bundled_or, subset
+from lingraft.tasks.choice import ChoiceTask, bundled_or
+from lingraft.tasks.items import Example, subset
 from lingraft.tasks.reference import segments, text_path
 from lingraft.tasks.sources import BUNDLED, FileSource, HubSource, hub_commit, read_lines
 from lingraft.tasks.table import TASKS, choice_task

@@ -23,7 +23,7 @@ from lingraft.batching import (
 from lingraft.config import AdapterConfig, TrainingConfig
 from lingraft.errors import AdapterError, DataError, LingraftError, UserError
 from lingraft.structures import fresh
-from lingraft.tasks.choice import Example
+from lingraft.tasks.items import Example
 from lingraft.training import METRICS, _resume, _save, batch_loss, hash_tensors, learning_rate, train
 
 SMALL = AdapterConfig(rank=2, dropout=0.1)

@@ -136,7 +136,8 @@ def evaluate_model(out: Path, as_json: bool, **options: Any) -> dict[str, Any] |
     from lingraft.adapter import Adapter, content_digest
     from lingraft.report.tables import percent
     from lingraft.store import appearing
-    from lingraft.tasks.choice import bundled_or, subset
+    from lingraft.tasks.choice import bundled_or
+    from lingraft.tasks.items import subset
     from lingraft.tasks.table import choice_task
 
     task = choice_task(options["task"], _own_tasks(options["tasks_file"]))

@@ -4,30 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lingraft.digests import digest_value
 from lingraft.errors import ConfigError, DataError, UserError, suggestion
 from lingraft.languages import LANGUAGES
 from lingraft.prompts import fields_of, fill
+from lingraft.tasks.items import Example
 from lingraft.tasks.sources import BUNDLED, FileSource, HubSource, Row, Source
 
 SPLITS = ("train", "validation", "test")
-
-
-@dataclass(frozen=True)
-class Example:
-    """One item as a model sees it.
-
-    Attributes:
-        id: The item's name; translations of one item share it.
-        prompt: The text before the answer.
-        candidates: The answers to choose from, each to be appended to the prompt as it is.
-        gold: The index of the right one.
-    """
-
-    id: str
-    prompt: str
-    candidates: tuple[str, ...]
-    gold: int
 
 
 @dataclass(frozen=True)
@@ -191,14 +174,6 @@ class ChoiceTask:
         if name not in row.fields:
             raise DataError(f"this row has no field '{name}'", where=row.place, remedy=suggestion(name, row.fields))
         return row.fields[name]
-
-
-def subset(examples: Sequence[Example], limit: int | None) -> list[Example]:
-    """A sample that is the same in every language: the items whose hashed ids are smallest, in their own order."""
-    if limit is None or limit >= len(examples):
-        return list(examples)
-    chosen = set(sorted((e.id for e in examples), key=lambda name: digest_value(name))[:limit])
-    return [e for e in examples if e.id in chosen]
 
 
 def bundled_or(data_dir: str | Path | None) -> Path | None:

@@ -12,7 +12,8 @@ from lingraft.config import ProjectionConfig
 from lingraft.digests import digest_value
 from lingraft.errors import DataError
 from lingraft.metrics import Prediction
-from lingraft.tasks.choice import ChoiceTask, Example
+from lingraft.tasks.choice import ChoiceTask
+from lingraft.tasks.items import Example
 
 Labels = list[tuple[int, int]]
 """(line, label) pairs, in the order of the lines."""
