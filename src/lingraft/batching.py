@@ -22,37 +22,74 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """Token ids, and from which position on the loss is taken (the first predicted position)."""
+    """Token ids, from which position on the loss is taken (the first predicted position), and whether some were cut out."""
 
     ids: tuple[int, ...]
     start: int
+    truncated: bool = False
+
+
+def cut(
+    backbone: "Backbone", text: str, ids: list[int], excess: int, cuttable: tuple[int, int] | None, item: str
+) -> list[int]:
+    """A text's ids less so many of them: from the end of the part that may be cut, or from the text's beginning.
+
+    Args:
+        backbone: Its tokenizer made the ids.
+        text: The text.
+        ids: Its ids, without special tokens.
+        excess: How many are too many; none are cut where it is not above 0.
+        cuttable: The part's first and last character (exclusive); None: the whole text, whose beginning goes.
+        item: The item's name, for the message.
+
+    Raises:
+        DataError: The rest of the text, without the part that may be cut, is still too long.
+    """
+    if excess <= 0:
+        return ids
+    if cuttable is None:
+        return ids[excess:]
+    offsets: list[tuple[int, int]] = backbone.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)[
+        "offset_mapping"
+    ]  # pyright: ignore[reportAssignmentType]
+    inside = [n for n, (first, last) in enumerate(offsets) if cuttable[0] <= first < last <= cuttable[1]]
+    if len(inside) < excess:
+        raise DataError(
+            f"item {item} is too long for the model even without its context ({len(ids) - len(inside)} tokens)",
+            remedy="raise max_length (training.max_length) or leave the item out",
+        )
+    gone = set(inside[len(inside) - excess :])
+    return [token for n, token in enumerate(ids) if n not in gone]
 
 
 def answer_sequences(backbone: "Backbone", examples: Sequence[Example], max_length: int) -> list[TokenSequence]:
-    """Prompt and gold answer as ids; the loss is on the answer and the end of text only.
+    """Prompt and right answer as ids; the loss is on the answer and the end of text only.
 
-    A prompt that is too long loses its beginning, never the answer.
+    A prompt that is too long loses some of its context, or its beginning; never the answer.
 
     Raises:
-        DataError: There is no example.
+        DataError: There is no example, or one is too long without its context.
     """
     if not examples:
         raise DataError("there is nothing to train on")
-    prompts = [backbone.encode(e.prompt) for e in examples]
-    whole = [backbone.encode(e.prompt + e.candidates[e.gold]) for e in examples]
     end = [backbone.tokenizer.eos_token_id] if backbone.tokenizer.eos_token_id is not None else []
     found = []
-    for prompt, ids in zip(prompts, whole, strict=True):
+    for example in examples:
+        prompt, ids = backbone.encode(example.prompt), backbone.encode(example.prompt + example.completion)
         # Where a token crosses the boundary, the loss starts with that token.
-        shared = next(
-            (i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b),
-            min(len(prompt), len(ids)),
-        )
-        ids = [*ids, *end]
-        cut = max(0, len(backbone.prefix) + len(ids) - max_length)
-        ids = [*backbone.prefix, *ids[cut:]]
-        found.append(TokenSequence(tuple(ids), max(1, len(backbone.prefix) + shared - cut)))
+        shared = shared_start([prompt, ids])
+        excess = len(backbone.prefix) + len(ids) + len(end) - max_length
+        text = example.prompt + example.completion
+        kept = [*backbone.prefix, *cut(backbone, text, ids, excess, example.cuttable, example.id), *end]
+        start = max(1, len(backbone.prefix) + shared - max(0, excess))
+        found.append(TokenSequence(tuple(kept), start, excess > 0))
     return found
+
+
+def shared_start(rows: Sequence[Sequence[int]]) -> int:
+    """How many ids all rows begin with alike."""
+    shortest = min(len(row) for row in rows)
+    return next((n for n in range(shortest) if len({row[n] for row in rows}) > 1), shortest)
 
 
 def text_sequences(segments: Sequence[Sequence[int]]) -> list[TokenSequence]:

@@ -3,13 +3,13 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lingraft.errors import ConfigError, suggestion
-from lingraft.protocols import PROTOCOLS
+from lingraft.protocols import PAPER, division
 
 LanguageCode = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,31}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -21,9 +21,13 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    later: ClassVar[frozenset[str]] = frozenset()
+    """Fields that came after steps had been finished: left out of keys while they hold their default."""
+
     def key(self, *without: str) -> dict[str, Any]:
         """The value as plain data for a step's key, less the fields named."""
-        return self.model_dump(mode="json", exclude=set(without))
+        unset = {name for name in self.later if getattr(self, name) == type(self).model_fields[name].default}
+        return self.model_dump(mode="json", exclude={*without, *unset})
 
 
 ConfigType = TypeVar("ConfigType", bound=Config)
@@ -37,6 +41,9 @@ class BackboneConfig(Config):
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     device: str = Field(default="auto", description="'auto', 'cpu', 'cuda', 'cuda:0', 'mps'")
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
+    quantization: Literal["none", "nf4", "int8"] = Field(
+        default="none", description="base weights in 4 or 8 bits (bitsandbytes, on a GPU); adapters stay in float32"
+    )
 
 
 _OF_FAMILY = {
@@ -100,13 +107,32 @@ class TrainingConfig(Config):
     group_by_length: bool = Field(
         default=True, description="batches of similar length (off: the order of the seed alone)"
     )
+    limit: int | None = Field(
+        default=None, ge=1, description="a sample of so many training items, the same in every language"
+    )
+    max_output: int = Field(default=128, ge=2, description="encoder-decoders: tokens of an answer")
+
+    later: ClassVar[frozenset[str]] = frozenset({"limit", "max_output"})
+
+
+TEXT_TASKS = {
+    "clm": "causal language modelling (decoders)",
+    "mlm": "masked language modelling (encoders)",
+    "prefix-lm": "the second half of a segment after its first (encoder-decoders)",
+    "span-corruption": "spans that were taken out of a segment (encoder-decoders)",
+}
+"""Reference tasks on plain text, and the backbones that learn them."""
 
 
 class ReferenceConfig(Config):
-    """The reference task: language modelling on plain text, which needs no labels."""
+    """The reference task: language modelling on plain text, which needs no labels, or a labelled task in both languages."""
 
-    task: Literal["clm"] = "clm"
-    text: str = Field(description="path with {language} in it, below the data folder")
+    task: str = Field(
+        default="clm", description=f"{', '.join(TEXT_TASKS)}, or a task that has labels in all the languages"
+    )
+    text: str | None = Field(default=None, description="path with {language} in it, below the data folder")
+    hub: str | None = Field(default=None, description="instead of `text`: a hub data set with a field `text`")
+    hub_config: str = Field(default="{language}", description="the hub data set's configuration, with {language} in it")
     data_dir: str | None = Field(default=None, description="folder of the text; absent: as the task's, or 'bundled'")
     unit: Literal["packed", "line"] = Field(
         "packed",
@@ -114,6 +140,22 @@ class ReferenceConfig(Config):
     )
     segment_tokens: int = Field(default=512, ge=8, description="length of a segment, in tokens")
     max_segments: int | None = Field(default=None, ge=1, description="the same number in every language")
+
+    later: ClassVar[frozenset[str]] = frozenset({"hub", "hub_config"})
+
+    @model_validator(mode="after")
+    def _sourced(self) -> "ReferenceConfig":
+        if self.task not in TEXT_TASKS:
+            if self.text or self.hub:
+                raise ValueError(f"the reference task '{self.task}' has labels: it takes no `text` and no `hub`")
+        elif bool(self.text) == bool(self.hub):
+            raise ValueError(f"the reference task '{self.task}' reads plain text: give `text` (a path) or `hub`")
+        return self
+
+    @property
+    def labelled(self) -> bool:
+        """Whether it is a task with labels."""
+        return self.task not in TEXT_TASKS
 
 
 class ProjectionConfig(Config):
@@ -154,7 +196,13 @@ class EvaluationConfig(Config):
 
     split: Literal["validation", "test"] = "test"
     limit: int | None = Field(default=None, ge=1, description="items per language")
-    scoring: Literal["auto", "first_token", "sequence"] = "auto"
+    scoring: Literal["auto", "first_token", "sequence", "generation"] = Field(
+        default="auto",
+        description="choice tasks: by the candidates' likelihood, or by what the model writes; others are always written",
+    )
+    normalised: bool = Field(
+        default=False, description="likelihood of a candidate's token, not of the whole candidate (scoring: sequence)"
+    )
 
 
 class CustomTask(Config):
@@ -181,9 +229,11 @@ class Experiment(Config):
     name: Name
     backbone: BackboneConfig
     task: str
+    prompt: str = Field(default="default", description="the wording of the task: `lingraft tasks` lists each task's")
     protocol: str | None = Field(
         None,
-        description="'low-high': languages of a fixed division, for source, targets, development and groups left out",
+        description="fills in source, targets, development and groups where they are left out. 'low-high': a fixed division "
+        "of languages; 'paper': the AdaMergeX paper's languages of the task, λ tuned on a language that is also a target",
     )
     source: LanguageCode = "en"
     targets: tuple[LanguageCode, ...] = Field(min_length=1)
@@ -221,13 +271,10 @@ class Experiment(Config):
     def _divided(cls, tree: Any) -> Any:
         if not isinstance(tree, dict) or tree.get("protocol") is None:
             return tree
-        name = tree["protocol"]
-        if name not in PROTOCOLS:
-            raise ValueError(f"unknown protocol '{name}': known are {', '.join(PROTOCOLS)}")
-        chosen = PROTOCOLS[name]
+        chosen = division(tree["protocol"], tree.get("task"), tree.get("source"))
         filled = {"source": chosen.source, "targets": list(chosen.targets), "development": list(chosen.development)}
         tree = {**filled, **tree}
-        if "groups" not in tree and isinstance(tree["targets"], list | tuple):
+        if "groups" not in tree and isinstance(tree["targets"], list | tuple) and len(chosen.groups) > 1:
             # Of a group as many as are asked for: one language of the table can be run alone.
             here = {group: [c for c in codes if c in tree["targets"]] for group, codes in chosen.groups.items()}
             tree["groups"] = {group: codes for group, codes in here.items() if codes}
@@ -243,7 +290,7 @@ class Experiment(Config):
             if len(set(names)) < len(names):
                 raise ValueError(f"'{what}' names something twice")
         overlap = set(self.targets) & set(self.development)
-        if overlap:
+        if overlap and self.protocol != PAPER:
             raise ValueError(
                 f"{sorted(overlap)} stand in both 'targets' and 'development': λ must not be tuned on a test language"
             )

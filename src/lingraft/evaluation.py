@@ -1,23 +1,17 @@
-"""Evaluation by label likelihood: which candidate does the model find likeliest after the prompt?
-
-Only positions that tell candidates apart go through the output embedding. Where the candidates' first differing tokens
-are all different, one position of one forward pass over the prompt decides (`first_token`); otherwise every candidate is
-scored whole.
-"""
+"""Evaluation: what does a model, with or without an adapter, say to items? By label likelihood, or by what it writes."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lingraft import generation, likelihood
 from lingraft.adapter import Adapter
 from lingraft.backbones import Backbone
 from lingraft.errors import DataError, UserError
-from lingraft.losses import project, summed_cross_entropy
-from lingraft.metrics import Prediction
+from lingraft.metrics import Generated, Prediction
 from lingraft.predictions import score, write_evaluation
 from lingraft.tasks.items import Example
 
@@ -25,15 +19,25 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class _Query:
-    """One row of a batch: ids to read, and for positions of it the tokens whose likelihood is asked for."""
+class Asking:
+    """How items are asked.
 
-    example: int
-    ids: tuple[int, ...]
-    position: int
-    asked: tuple[tuple[int, tuple[int, ...]], ...]
-    """Per position from `position` on: (offset, tokens). For `first_token` one offset with a token a candidate."""
-    candidate: int | None
+    Attributes:
+        scoring: `first_token`, `sequence`, or `auto`, which takes the first where it is unambiguous: candidates are compared by
+            likelihood. `generation`: the model writes. `gold`: only the right answer's likelihood is asked for.
+        normalised: Compare candidates by the mean over their tokens, not by the sum (`sequence`).
+        max_length: Tokens of prompt and answer; a longer prompt loses some of its context, or its beginning.
+        new_tokens: For `generation`, at most so many tokens.
+        stop: For `generation`, strings at which a text ends.
+        batch_tokens: Padded tokens in a batch; changes speed only.
+    """
+
+    scoring: str = "auto"
+    normalised: bool = False
+    max_length: int = 1024
+    new_tokens: int = 16
+    stop: tuple[str, ...] = ("\n",)
+    batch_tokens: int = 2048
 
 
 def predict(
@@ -52,9 +56,9 @@ def predict(
         backbone: The base model.
         adapter: The adapter to put on it, or None.
         examples: The items.
-        scoring: `first_token`, `sequence`, or `auto`, which takes the first where it is unambiguous.
-        max_length: Tokens; a longer prompt loses its beginning.
-        batch_tokens: Padded tokens in a batch; changes speed only.
+        scoring: As `Asking.scoring`: `first_token`, `sequence` or `auto`.
+        max_length: As `Asking.max_length`.
+        batch_tokens: As `Asking.batch_tokens`.
         progress: Called with the rows done and the rows in all.
 
     Returns:
@@ -62,130 +66,107 @@ def predict(
         that differs, in `sequence` of all its tokens from there on.
 
     Raises:
-        UserError: `first_token` was asked for and cannot tell the candidates apart.
+        UserError: `first_token` was asked for and cannot tell the candidates apart, or the items have no candidates.
         DataError: There is no example.
     """
+    asking = Asking(scoring=scoring, max_length=max_length, batch_tokens=batch_tokens)
+    found = ask(backbone, adapter, examples, asking, progress)
+    if any(isinstance(said, Generated) for said in found):
+        raise UserError("these items have no candidates to score", remedy="use evaluation.ask")
+    return found  # pyright: ignore[reportReturnType]
+
+
+def ask(
+    backbone: Backbone,
+    adapter: Adapter | None,
+    examples: Sequence[Example],
+    asking: Asking | None = None,
+    progress: Progress | None = None,
+) -> list[Prediction] | list[Generated]:
+    """What a model says to items.
+
+    Args:
+        backbone: The base model.
+        adapter: The adapter to put on it, or None.
+        examples: The items.
+        asking: How they are asked.
+        progress: Called with the items or rows done and their number in all.
+
+    Returns:
+        In the order of the examples: `Prediction` where candidates were scored, else `Generated`. For free text the likelihood of
+        the right answer, the mean of its tokens after the prompt, is there too.
+
+    Raises:
+        UserError: What is asked for cannot tell the candidates apart.
+        DataError: There is no example, or one is too long for the model even without its context.
+    """
+    asking = asking or Asking()
     if not examples:
         raise DataError("there is nothing to evaluate")
-    queries = _queries(backbone, examples, scoring, max_length)
-    scores = [[0.0] * len(e.candidates) for e in examples]
-    finished = 0
+    choice = bool(examples[0].candidates)
     with backbone.with_adapter(adapter), torch.inference_mode():
-        for batch in _batched(queries, batch_tokens):
-            for query, values in zip(batch, _score(backbone, batch), strict=True):
-                if query.candidate is None:
-                    scores[query.example] = values
-                else:
-                    scores[query.example][query.candidate] = sum(values)
-            finished += len(batch)
-            if progress is not None:
-                progress(finished, len(queries))
-    return [Prediction(e.id, e.gold, tuple(s), e.prompt) for e, s in zip(examples, scores, strict=True)]
-
-
-def _queries(backbone: Backbone, examples: Sequence[Example], scoring: str, max_length: int) -> list[_Query]:
-    found: list[_Query] = []
-    for number, example in enumerate(examples):
-        whole = [backbone.encode(example.prompt + c) for c in example.candidates]
-        shortest = min(len(ids) for ids in whole)
-        # Tokens that all candidates share say nothing about which is right, wherever the prompt itself ends.
-        shared = next((i for i in range(shortest) if len({ids[i] for ids in whole}) > 1), shortest)
-        rests = [tuple(ids[shared:]) for ids in whole]
-        firsts = tuple(rest[0] for rest in rests if rest)
-        distinct = len(firsts) == len(rests) == len(set(firsts))
-        if scoring == "first_token" and not distinct:
-            raise UserError(
-                "the candidates' first tokens do not tell them apart",
-                where=f"item {example.id}: {', '.join(example.candidates)}",
-                remedy="use scoring: sequence (or auto)",
+        if choice and asking.scoring not in ("generation", "gold"):
+            return likelihood.label_likelihoods(
+                backbone,
+                examples,
+                scoring=asking.scoring,
+                normalised=asking.normalised,
+                max_length=asking.max_length,
+                batch_tokens=asking.batch_tokens,
+                progress=progress,
             )
-        prefix = backbone.prefix
-        longest = max(len(rest) for rest in rests)
-        context = (*prefix, *whole[0][:shared][-(max_length - len(prefix) - longest) :])
-        if distinct and scoring in ("auto", "first_token"):
-            found.append(_Query(number, context, len(context) - 1, ((0, firsts),), None))
-            continue
-        for index, rest in enumerate(rests):
-            asked = tuple((offset, (token,)) for offset, token in enumerate(rest))
-            found.append(_Query(number, (*context, *rest), len(context) - 1, asked, index))
-    return found
+        return _generated(backbone, examples, asking, choice, progress)
 
 
-def _batched(queries: Sequence[_Query], batch_tokens: int) -> list[list[_Query]]:
-    """Batches of similar length, the longest first: memory is at its most at once, not at the end."""
-    ordered = sorted(queries, key=lambda q: (-len(q.ids), q.example, q.candidate or 0))
-    result: list[list[_Query]] = []
-    for query in ordered:
-        if result and (len(result[-1]) + 1) * len(result[-1][0].ids) <= batch_tokens:
-            result[-1].append(query)
-        else:
-            result.append([query])
-    return result
+def _generated(
+    backbone: Backbone, examples: Sequence[Example], asking: Asking, choice: bool, progress: Progress | None
+) -> list[Generated]:
+    length, tokens = asking.max_length, asking.batch_tokens
+    gold: list[tuple[float, bool]] | None = None
+    if not choice or asking.scoring == "gold":
+        # An answer in other words than the prompt's labels has no likelihood: a choice task that is written has none.
+        gold = likelihood.gold_likelihoods(
+            backbone,
+            examples,
+            max_length=length,
+            batch_tokens=tokens,
+            progress=progress if asking.scoring == "gold" else None,
+        )
+    texts: Sequence[tuple[str | None, bool]] = [(None, False)] * len(examples)
+    if asking.scoring != "gold":
+        texts = generation.written(
+            backbone,
+            examples,
+            new_tokens=asking.new_tokens,
+            stop=asking.stop,
+            max_length=length,
+            batch_tokens=max(tokens, 8192),
+            progress=progress,
+        )
+    return [
+        Generated(
+            e.id,
+            e.prompt,
+            text,
+            right(e),
+            None if gold is None else gold[n][0],
+            truncated or (gold is not None and gold[n][1]),
+        )
+        for n, (e, (text, truncated)) in enumerate(zip(examples, texts, strict=True))
+    ]
 
 
-def _states(backbone: Backbone, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """States before the output embedding, ids and mask of rows, the longest first, padded on the right."""
-    ids = torch.full((len(rows), len(rows[0])), backbone.pad_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = torch.tensor(row)
-        mask[number, : len(row)] = 1
-    ids, mask = ids.to(backbone.device), mask.to(backbone.device)
-    half = backbone.dtype in (torch.bfloat16, torch.float16)
-    with torch.autocast(backbone.device.type, backbone.dtype) if half else nullcontext():
-        return backbone.hidden(ids, mask), ids, mask
-
-
-def _score(backbone: Backbone, batch: Sequence[_Query]) -> list[list[float]]:
-    states, _, _ = _states(backbone, [query.ids for query in batch])
-    rows = [row for row, query in enumerate(batch) for _ in query.asked]
-    positions = [query.position + offset for query in batch for offset, _ in query.asked]
-    weight = backbone.model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
-    picked: list[list[float]] = []
-    asked = [tokens for query in batch for _, tokens in query.asked]
-    for start in range(0, len(rows), 256):
-        part = slice(start, start + 256)
-        logits = project(states[rows[part], positions[part]], weight, backbone.softcap)  # pyright: ignore[reportArgumentType]
-        norms = torch.logsumexp(logits, dim=-1)
-        for line, norm, tokens in zip(logits, norms, asked[part], strict=True):
-            picked.append((line[list(tokens)] - norm).tolist())
-    values = iter(picked)
-    return [[v for _ in query.asked for v in next(values)] for query in batch]
+def right(example: Example) -> tuple[str, ...]:
+    """What is right: all right answers, or for a choice the right candidate."""
+    return example.references or (example.completion.strip(),)
 
 
 def text_log_likelihood(
     backbone: Backbone, adapter: Adapter | None, texts: Sequence[str], *, max_length: int = 1024, batch: int = 32
 ) -> tuple[float, int]:
-    """How likely a model finds texts, as language modelling.
-
-    Args:
-        backbone: The base model.
-        adapter: The adapter to put on it, or None.
-        texts: The texts.
-        max_length: Tokens; the rest of a longer text is not read.
-        batch: Texts in a batch; changes speed only.
-
-    Returns:
-        The mean log-likelihood of a token, in nats, and the number of tokens.
-
-    Raises:
-        DataError: There is no text of more than one token.
-    """
-    rows = [(*backbone.prefix, *backbone.encode(text))[:max_length] for text in texts]
-    rows = sorted((row for row in rows if len(row) > 1), key=len, reverse=True)
-    if not rows:
-        raise DataError("there is no text to read")
-    weight = backbone.model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
-    loss, tokens = 0.0, 0
+    """How likely a model, with or without an adapter, finds texts; see `likelihood.text_log_likelihood`."""
     with backbone.with_adapter(adapter), torch.inference_mode():
-        for start in range(0, len(rows), batch):
-            part = rows[start : start + batch]
-            states, ids, mask = _states(backbone, part)
-            read = mask[:, 1:].bool()
-            labels = ids[:, 1:][read]
-            loss += float(summed_cross_entropy(states[:, :-1][read], weight, labels, backbone.softcap))  # pyright: ignore[reportArgumentType]
-            tokens += len(labels)
-    return -loss / tokens, tokens
+        return likelihood.text_log_likelihood(backbone, texts, max_length=max_length, batch=batch)
 
 
 def evaluate(
@@ -195,7 +176,7 @@ def evaluate(
     folder: Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Predicts and scores; with a folder, writes `predictions.jsonl` and `scores.json` there.
+    """Predicts and scores a choice task; with a folder, writes `predictions.jsonl` and `scores.json` there.
 
     Args:
         backbone: The base model.

@@ -34,6 +34,7 @@ class Method:
         rule: For a graft, how it is merged: a method of `merging.Graft`.
         neutral: For a graft, the weight at which it is the task's adapter itself: 0, but 1 for AriMerge.
         criterion: For a graft, by what its weight is chosen: one of `CRITERIA`.
+        prompt: The wording it is asked in, where that is the method; None: the experiment's. Training has the experiment's.
     """
 
     name: str
@@ -45,11 +46,40 @@ class Method:
     rule: str = "transfer"
     neutral: float = 0.0
     criterion: str = "labels"
+    prompt: str | None = None
 
 
 _ROWS = (
     Method("vanilla", "Vanilla", "the base model, no adapter", "none"),
     Method("eng-ft", "Eng-FT", "the task's adapter from the source language, as it is (λ = 0)", "source"),
+    Method(
+        "xlt",
+        "XLT (Vanilla)",
+        "the base model, asked with cross-lingual-thought prompting: retell in English, think, answer",
+        "none",
+        prompt="xlt",
+    ),
+    Method(
+        "xlt-eng-ft",
+        "XLT (Eng-FT)",
+        "the source's adapter, asked with cross-lingual-thought prompting",
+        "source",
+        prompt="xlt",
+    ),
+    Method(
+        "xlt-adamergex",
+        "XLT (Vanilla), AdaMergeX's wording",
+        "as xlt, with the prompts of the AdaMergeX authors' code, for replication",
+        "none",
+        prompt="xlt-adamergex",
+    ),
+    Method(
+        "xlt-adamergex-eng-ft",
+        "XLT (Eng-FT), AdaMergeX's wording",
+        "as xlt-eng-ft, with the prompts of the AdaMergeX authors' code, for replication",
+        "source",
+        prompt="xlt-adamergex",
+    ),
     Method("tgt-ft", "Tgt-FT", "an adapter trained on the target's own labels: the ceiling", "target"),
     Method(
         "adamergex", "AdaMergeX", "T + λ(R_t − R_s) by the structure's own rule (LoRA: A and B separately)", "graft"

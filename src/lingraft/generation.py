@@ -1,0 +1,123 @@
+"""Generation by a decoder: what does the model write after the prompt, taking the likeliest token each time?"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from lingraft.backbones import Backbone
+from lingraft.batching import cut
+from lingraft.likelihood import autocast
+from lingraft.tasks.items import Example
+
+Progress = Callable[[int, int], None]
+_TAIL = 24
+"""Tokens of the end of a text that are looked at for a stop string: more than any stop string is long."""
+
+
+class _Stop(StoppingCriteria):
+    """Ends a row at the first of some strings; the rows of a batch end one by one."""
+
+    def __init__(self, backbone: Backbone, start: int, strings: Sequence[str]) -> None:
+        self.backbone, self.start, self.strings = backbone, start, strings
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        written = input_ids[:, max(self.start, input_ids.shape[1] - _TAIL) :]
+        texts = self.backbone.tokenizer.batch_decode(written, skip_special_tokens=True)
+        ended = [any(s in text.lstrip() for s in self.strings) for text in texts]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+def greedy(backbone: Backbone, new_tokens: int) -> GenerationConfig:
+    """The likeliest token each time, whatever the model's own defaults for sampling are."""
+    ends = getattr(backbone.model.generation_config, "eos_token_id", None)
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    own = backbone.tokenizer.eos_token_id
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=new_tokens,
+        eos_token_id=sorted({*ends, *([own] if isinstance(own, int) else [])}) or None,
+        pad_token_id=backbone.pad_id,
+    )
+
+
+def ended(text: str, stop: Sequence[str]) -> str:
+    """A text up to the first stop string; white space before the text itself is no stop."""
+    text = text.lstrip()
+    places = [place for place in (text.find(s) for s in stop) if place >= 0]
+    return text[: min(places)] if places else text
+
+
+def written(
+    backbone: Backbone,
+    examples: Sequence[Example],
+    *,
+    new_tokens: int,
+    stop: Sequence[str],
+    max_length: int,
+    batch_tokens: int,
+    progress: Progress | None,
+) -> list[tuple[str, bool]]:
+    """What the model, with an adapter on it or without, writes after every prompt: greedy decoding.
+
+    Args:
+        backbone: The base model.
+        examples: The items.
+        new_tokens: At most so many tokens are written.
+        stop: Strings at which a text ends; they are not part of it.
+        max_length: Tokens of prompt and text together; a longer prompt loses some of its context, or its beginning.
+        batch_tokens: Padded tokens of prompts and texts in a batch; changes speed only.
+        progress: Called with the items done and the items in all.
+
+    Returns:
+        For every item the text, and whether its prompt was cut.
+    """
+    prompts: list[tuple[int, list[int], bool]] = []
+    for number, example in enumerate(examples):
+        ids = backbone.encode(example.prompt)
+        excess = len(backbone.prefix) + len(ids) + new_tokens - max_length
+        kept = cut(backbone, example.prompt, ids, excess, example.cuttable, example.id)
+        prompts.append((number, [*backbone.prefix, *kept], excess > 0))
+    found: list[tuple[str, bool]] = [("", False)] * len(examples)
+    finished = 0
+    for batch in _batched(prompts, new_tokens, batch_tokens):
+        texts = _continued(backbone, [ids for _, ids, _ in batch], new_tokens, stop)
+        for (number, _, truncated), text in zip(batch, texts, strict=True):
+            found[number] = (ended(text, stop), truncated)
+        finished += len(batch)
+        if progress is not None:
+            progress(finished, len(prompts))
+    return found
+
+
+def _batched(
+    prompts: Sequence[tuple[int, list[int], bool]], new_tokens: int, batch_tokens: int
+) -> list[list[tuple[int, list[int], bool]]]:
+    """Batches of similar length, the longest first."""
+    result: list[list[tuple[int, list[int], bool]]] = []
+    for prompt in sorted(prompts, key=lambda p: (-len(p[1]), p[0])):
+        if result and (len(result[-1]) + 1) * (len(result[-1][0][1]) + new_tokens) <= batch_tokens:
+            result[-1].append(prompt)
+        else:
+            result.append([prompt])
+    return result
+
+
+def _continued(backbone: Backbone, rows: Sequence[list[int]], new_tokens: int, stop: Sequence[str]) -> list[str]:
+    width = len(rows[0])
+    ids = torch.full((len(rows), width), backbone.pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):  # on the right, where the text begins
+        ids[number, width - len(row) :] = torch.tensor(row)
+        mask[number, width - len(row) :] = 1
+    criteria = StoppingCriteriaList([_Stop(backbone, width, tuple(stop))] if stop else [])
+    with autocast(backbone):
+        out = backbone.model.generate(
+            input_ids=ids.to(backbone.device),
+            attention_mask=mask.to(backbone.device),
+            generation_config=greedy(backbone, new_tokens),
+            stopping_criteria=criteria,
+        )
+    return backbone.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)  # pyright: ignore[reportIndexIssue, reportArgumentType]
