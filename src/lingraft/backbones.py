@@ -4,15 +4,17 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lingraft import roles
 from lingraft.adapter import Adapter
 from lingraft.errors import AdapterError, BackboneError, MissingExtra, UserError
 from lingraft.fitting import base_digest
+from lingraft.heads import AUTO_CLASSES, Head, head_of
 from lingraft.layouts.prefix import TENSOR
-from lingraft.locating import Located, materialise
+from lingraft.locating import Located, architecture_of, materialise
 
 if TYPE_CHECKING:
     import torch
@@ -30,46 +32,99 @@ def training_stack() -> None:
             raise MissingExtra(package, "training")
 
 
+_LOADERS = {
+    "decoder": "AutoModelForCausalLM",
+    "encoder": "AutoModelForMaskedLM",
+    "encoder-decoder": "AutoModelForSeq2SeqLM",
+}
+
+
+@dataclass(frozen=True)
+class Headed:
+    """An encoder with a head; its layers are those of every other head on the same backbone.
+
+    Attributes:
+        model: The model of transformers' own class.
+        modules: The paths of the modules that are trained and saved with an adapter: the head, and a pooler that the checkpoint
+            has no weights for.
+        drawn: The names of their parameters that the checkpoint has no weights for.
+    """
+
+    model: "PreTrainedModel"
+    modules: tuple[str, ...]
+    drawn: frozenset[str]
+
+
 class Backbone:
     """A loaded, frozen base model with its tokenizer; adapters are attached and detached in place.
 
     Args:
         located: What `locate` found.
 
+    Attributes:
+        kind: `decoder`, `encoder` or `encoder-decoder`.
+        model: The language model; of an encoder the masked one, whose head may be without weights. `headed` gives others.
+
     Raises:
-        BackboneError: The model cannot be loaded.
-        MissingExtra: The training extra is not installed.
+        BackboneError: The model cannot be loaded, or is of a layout that is not served.
+        MissingExtra: The training extra is not installed, or bitsandbytes for a quantised base.
     """
 
     def __init__(self, located: Located) -> None:
         training_stack()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         self.located = located
-        folder = materialise(located)
-        remote = located.config.trust_remote_code
+        self.kind = architecture_of(located)
+        self.folder = materialise(located)
         self.device = torch.device(_device(located.config.device))
         self.dtype: torch.dtype = getattr(torch, located.config.dtype)
+        self.scale = 1.0
+        self._headed: dict[Head, Headed] = {}
+        quantised = _quantisation(located.config, self.dtype)
+        remote = located.config.trust_remote_code
+        model, self._missing = self._read(_LOADERS[self.kind], **quantised)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=self.dtype,
-                use_safetensors=True,
-                trust_remote_code=remote,
-                local_files_only=True,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=remote, local_files_only=True)
         except (ValueError, KeyError, OSError, ImportError) as error:
-            raise BackboneError(f"the model cannot be loaded: {error}", where=folder) from error
-        torch.nn.Module.to(model, self.device)
+            raise BackboneError(f"the model cannot be loaded: {error}", where=self.folder) from error
+        if not quantised:  # A quantised one was loaded to its device, where it stays.
+            torch.nn.Module.to(model, self.device)
         self.model: PreTrainedModel = model.eval().requires_grad_(False)
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
         self._check_head()
+
+    def _read(self, loader: str, **options: Any) -> "tuple[PreTrainedModel, frozenset[str]]":
+        """A model of one of transformers' automatic classes, and the names of its parameters that are not in the checkpoint.
+
+        Raises:
+            BackboneError: It cannot be loaded.
+        """
+        import torch
+        import transformers
+
+        config = self.located.config
+        # What is not in the checkpoint is drawn from the global state, which shall not notice.
+        with nullcontext() if self.kind == "decoder" else torch.random.fork_rng(devices=[]):
+            try:
+                model, found = getattr(transformers, loader).from_pretrained(
+                    self.folder,
+                    dtype=self.dtype,
+                    use_safetensors=True,
+                    trust_remote_code=config.trust_remote_code,
+                    local_files_only=True,
+                    output_loading_info=True,
+                    **options,
+                )
+            except (ValueError, KeyError, OSError, ImportError) as error:
+                raise BackboneError(f"the model cannot be loaded: {error}", where=self.folder) from error
+        wrong = (entry[0] for entry in found.get("mismatched_keys", ()))
+        return model, frozenset([*found["missing_keys"], *wrong])
 
     @property
     def digest(self) -> str:
@@ -78,7 +133,12 @@ class Backbone:
 
     @property
     def prefix(self) -> list[int]:
-        """The ids a text starts with: the tokenizer's own beginning-of-text token, where it adds one."""
+        """The ids a text starts with: the tokenizer's own beginning-of-text token, where it adds one.
+
+        None for encoders and encoder-decoders, whose special tokens depend on what is read.
+        """
+        if self.kind != "decoder":
+            return []
         ids, first = self.tokenizer("a")["input_ids"], self.tokenizer.bos_token_id
         return [first] if isinstance(first, int) and ids and ids[0] == first else []
 
@@ -107,36 +167,156 @@ class Backbone:
         """The bound of the logits, where the architecture has one (Gemma 2)."""
         return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
 
+    @property
+    def longest(self) -> int | None:
+        """The most tokens the model has positions for; None where there is no such bound."""
+        config: Any = self.model.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is None or self.kind == "encoder-decoder":
+            return None
+        # RoBERTa's positions start behind the one of the padding token.
+        taken = config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "camembert" else 0
+        return int(positions) - taken
+
+    def headed(self, head: Head) -> Headed:
+        """The encoder with a head on it, of the class that plain PEFT would be given; loaded once, its layers shared.
+
+        Raises:
+            UserError: The model is no encoder.
+            BackboneError: The checkpoint has no weights for a masked-language-modelling head, or its layout has no such head.
+        """
+        if self.kind != "encoder":
+            raise UserError(f"{type(self.model).__name__} is no encoder: it takes no head", where=self.located.name)
+        if head not in self._headed:
+            self._headed[head] = self._with_head(head) if head.trained else self._with_language_model()
+        return self._headed[head]
+
+    def _with_language_model(self) -> Headed:
+        if missing := self._missing:
+            raise BackboneError(
+                f"this checkpoint has no weights for masked language modelling: {len(missing)} tensors, "
+                f"first {min(missing)}",
+                where=self.located.name,
+                remedy="take a labelled reference task (reference.task=task), or a checkpoint with its language model's head",
+            )
+        self._check_masked_head()
+        return Headed(self.model, (), frozenset())
+
+    def _with_head(self, head: Head) -> Headed:
+        sizes = {"num_labels": head.labels or 2} if head.kind in ("classification", "span") else {}
+        model, missing = self._read(AUTO_CLASSES[head.kind], ignore_mismatched_sizes=True, **sizes)
+        base: Any = model.base_model
+        for name, child in self.model.base_model.named_children():
+            if name != "pooler":
+                setattr(base, name, child)
+        mine = model.base_model_prefix
+        modules = [n for n, m in model.named_children() if n != mine and any(True for _ in m.parameters())]
+        if any(name.startswith(f"{mine}.pooler.") for name in missing):
+            modules.append(f"{mine}.pooler")
+        model.eval().requires_grad_(False)
+        for path in modules:  # What is trained is in full precision.
+            model.get_submodule(path).float().to(self.device)
+        if getattr(base, "pooler", None) is not None:
+            base.pooler.to(self.device)
+        inside = tuple(f"{path}." for path in modules)
+        return Headed(model, tuple(modules), frozenset(n for n in missing if n.startswith(inside)))
+
+    def masked_head(self) -> "tuple[Any, torch.Tensor, torch.Tensor | None]":
+        """What stands between an encoder's states and its logits: a map of states, the output embedding, its bias.
+
+        Raises:
+            BackboneError: lingraft does not know the layout's head.
+        """
+        model: Any = self.model
+        output = model.get_output_embeddings()
+        found = next((transform for name, transform in _TRANSFORMS.items() if hasattr(model, name)), None)
+        if found is None or output is None:
+            raise BackboneError(
+                f"the architecture {type(model).__name__} has a language model's head that lingraft does not know",
+                remedy="take a labelled reference task: reference.task=task",
+            )
+        return lambda states: found(model, states), output.weight, output.bias
+
+    def _check_masked_head(self) -> None:
+        """As `_check_head`: states through the transform and the output embedding must be the model's own logits."""
+        import torch
+
+        from lingraft.losses import project
+
+        ids = torch.tensor([[1, 2, 3, 4]], device=self.device)
+        transform, weight, bias = self.masked_head()
+        with torch.no_grad():
+            expected = self.model(input_ids=ids).logits[0].float()
+            states = self.model.base_model(input_ids=ids).last_hidden_state[0]
+            self._agree(expected, project(transform(states), weight, bias=bias))
+
     def _check_head(self) -> None:
         """Makes sure that states times the output embedding are the model's own logits.
 
         Losses and scores project only the positions they need, past the model's own forward; an architecture that does
-        more than a linear map and a soft cap there must be refused, not approximated.
+        more than a linear map and a soft cap there must be refused, not approximated. An encoder's head is checked when it
+        is asked for.
         """
         import torch
 
         from lingraft.losses import project
 
-        ids = torch.tensor([[*self.prefix, 1, 2, 3]], device=self.device)
+        if self.kind == "encoder":
+            return
         head = self.model.get_output_embeddings()
         if head is None or getattr(head, "bias", None) is not None:
             raise BackboneError(f"the architecture {type(self.model).__name__} has no plain output embedding")
+        ids = torch.tensor([[*self.prefix, 1, 2, 3]], device=self.device)
         with torch.no_grad():
-            expected = self.model(input_ids=ids).logits[0, -1].float()
-            ours = project(self.hidden(ids, torch.ones_like(ids))[0, -1:], head.weight, self.softcap)[0]
+            if self.kind == "decoder":
+                expected = self.model(input_ids=ids).logits[0, -1].float()
+                ours = project(self.hidden(ids, torch.ones_like(ids))[0, -1:], head.weight, self.softcap)[0]
+            else:
+                expected = self.model(input_ids=ids, decoder_input_ids=ids).logits[0].float()
+                read = self.model.get_encoder()(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+                states = self.answering(read, torch.ones_like(ids), ids)[0]
+                # T5 of the first kind scales the states before the embedding, the later ones and mT5 do not.
+                scaled = states * states.shape[-1] ** -0.5
+                wrong, right = (float((project(s, head.weight) - expected).abs().max()) for s in (states, scaled))
+                self.scale = states.shape[-1] ** -0.5 if right < wrong else 1.0
+                ours = project(states * self.scale, head.weight)
+        self._agree(expected, ours)
+
+    def _agree(self, expected: "torch.Tensor", ours: "torch.Tensor") -> None:
+        import torch
+
         if not torch.allclose(expected, ours, rtol=0.02, atol=0.02 * float(expected.abs().max())):
             raise BackboneError(
                 f"the architecture {type(self.model).__name__} changes its logits in a way lingraft does not know",
-                remedy="use a Llama, Gemma, Qwen or Mistral layout",
+                remedy="use a Llama, Gemma, Qwen or Mistral layout, an encoder or T5",
             )
 
+    def answering(
+        self, read: "torch.Tensor", attention_mask: "torch.Tensor", decoder_ids: "torch.Tensor"
+    ) -> "torch.Tensor":
+        """An encoder-decoder's states before the output embedding (batch × length × width), adapters included.
+
+        Args:
+            read: The encoder's states.
+            attention_mask: Of what the encoder read, batch × length.
+            decoder_ids: What the decoder reads.
+        """
+        model: Any = self.model
+        states = model.get_decoder()(
+            input_ids=decoder_ids, encoder_hidden_states=read, encoder_attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        return states * self.scale if self.scale != 1 else states
+
     @contextmanager
-    def attached(self, peft_config: Any, tensors: Mapping[str, "torch.Tensor"] | None = None) -> Iterator[Any]:
+    def attached(
+        self, peft_config: Any, tensors: Mapping[str, "torch.Tensor"] | None = None, head: Head | None = None
+    ) -> Iterator[Any]:
         """Attaches a PEFT adapter and takes it off again; the base is the same before and after.
 
         Args:
             peft_config: A PEFT configuration.
-            tensors: The adapter's tensors by PEFT's names; None: PEFT's initial ones.
+            tensors: The adapter's tensors by PEFT's names, those of a head among them; None: PEFT's initial ones.
+            head: The head of an encoder; None: its language model.
 
         Yields:
             The PEFT model.
@@ -144,13 +324,20 @@ class Backbone:
         Raises:
             AdapterError: A tensor fits nowhere, or a place gets none.
         """
-        from peft import get_peft_model
+        from peft import PeftModel, get_peft_model
 
         from lingraft.prefixes import in_front
 
+        model, heads = self.model, ()
+        if head is not None and head.trained:
+            headed = self.headed(head)
+            model, heads = headed.model, headed.modules
+        own = {path: model.get_submodule(path) for path in heads}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            wrapped = get_peft_model(self.model, peft_config)
+            # get_peft_model wants the task of a prefix, of which PEFT has no name for some.
+            plain = peft_config.is_prompt_learning and peft_config.task_type is None
+            wrapped: Any = PeftModel(model, peft_config) if plain else get_peft_model(model, peft_config)
         learned = getattr(wrapped, "prompt_encoder", None)
         try:
             if tensors is not None:
@@ -158,18 +345,25 @@ class Backbone:
             if learned is None:
                 yield wrapped
             else:
-                with in_front(self.model, learned.to(self.device)["default"].embedding.weight):
+                with in_front(model, learned.to(self.device)["default"].embedding.weight):
                     yield wrapped
         finally:
+            for path, module in own.items():  # PEFT trained a copy, and would leave it there.
+                parent, _, name = path.rpartition(".")
+                setattr(model.get_submodule(parent), name, module)
             if learned is None:
                 wrapped.unload()
-            self.model.requires_grad_(False)
+            model.eval().requires_grad_(False)
             # PEFT leaves its notes on the base model; the next adapter must not be told of a second one.
-            self.model.__dict__.pop("peft_config", None)
+            model.__dict__.pop("peft_config", None)
 
     @contextmanager
-    def with_adapter(self, adapter: Adapter | None) -> Iterator[Any]:
+    def with_adapter(self, adapter: Adapter | None, head: Head | None = None) -> Iterator[Any]:
         """The base with an adapter on it, in evaluation mode; None: the base alone.
+
+        Args:
+            adapter: The adapter.
+            head: The head of an encoder; None: the one the adapter was trained with.
 
         Yields:
             The PEFT model, or None.
@@ -193,23 +387,104 @@ class Backbone:
             )
         arrays = {**dict(adapter.tensors()), **{name: read() for name, read in adapter.others.items()}}
         tensors = {n: torch.from_numpy(np.array(a, dtype=_readable(a.dtype))) for n, a in arrays.items()}
-        with self.attached(peft_config(adapter.peft_config), tensors) as wrapped:
+        if self.kind == "encoder" and head is None:
+            head = head_of(adapter)
+        with self.attached(peft_config(adapter.peft_config), tensors, head) as wrapped:
             wrapped.eval()
             yield wrapped
 
     def target_modules(self, chosen: str | Sequence[str]) -> list[str]:
         """The paths of the linear layers that names and roles choose, sorted.
 
+        Of a decoder `all` are all but the output embedding, of others those that play a role: no head, no pooler.
+
         Raises:
-            UserError: A name or role matches no linear layer.
+            UserError: A name or role matches no linear layer, or `all` was asked for where none plays a role.
         """
         import torch
 
-        head = self.model.get_output_embeddings()
-        linear = [n for n, m in self.model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+        model = self.model
+        head = model.get_output_embeddings()
+        linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+        if self.kind == "encoder":
+            inside = f"{model.base_model_prefix}."
+            linear = [n for n in linear if n.startswith(inside) and not n.startswith(f"{inside}pooler.")]
         if not linear:
-            raise UserError(f"{type(self.model).__name__} has no linear layers to adapt")
+            raise UserError(f"{type(model).__name__} has no linear layers to adapt")
+        if self.kind != "decoder" and (chosen == "all" or list(chosen) == ["all"]):
+            linear = [n for n in linear if roles.plays_any(n)]
+            if not linear:
+                raise UserError(
+                    f"none of the layers of {type(model).__name__} plays a role that lingraft knows",
+                    remedy="name the modules to adapt by the ends of their paths (adapter.modules)",
+                )
         return sorted(roles.select(linear, chosen))
+
+
+def _bert(model: Any, states: Any) -> Any:
+    return model.cls.predictions.transform(states)
+
+
+def _roberta(model: Any, states: Any) -> Any:
+    from torch.nn.functional import gelu
+
+    return model.lm_head.layer_norm(gelu(model.lm_head.dense(states)))
+
+
+def _distilbert(model: Any, states: Any) -> Any:
+    return model.vocab_layer_norm(model.activation(model.vocab_transform(states)))
+
+
+def _electra(model: Any, states: Any) -> Any:
+    return model.generator_predictions(states)
+
+
+def _modernbert(model: Any, states: Any) -> Any:
+    return model.head(states)
+
+
+_TRANSFORMS = {
+    "cls": _bert,
+    "lm_head": _roberta,
+    "vocab_transform": _distilbert,
+    "generator_predictions": _electra,
+    "head": _modernbert,
+}
+"""By the name of a part of the head, what a masked language model does to states before the output embedding."""
+
+
+def _quantisation(config: Any, dtype: Any) -> dict[str, Any]:
+    """What loading takes for a base in fewer bits.
+
+    Raises:
+        MissingExtra: bitsandbytes is not installed.
+        UserError: There is no CUDA device for it.
+    """
+    import torch
+
+    kind = getattr(config, "quantization", "none")
+    if kind == "none":
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtra("bitsandbytes", "quantization")
+    device = _device(config.device)
+    if not device.startswith("cuda"):
+        raise UserError(
+            f"a base in {kind} needs a CUDA device, and this is '{device}'", remedy="use quantization=none here"
+        )
+    from transformers import BitsAndBytesConfig
+
+    made = (
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        if kind == "nf4"
+        else BitsAndBytesConfig(load_in_8bit=True)
+    )
+    return {"quantization_config": made, "device_map": {"": torch.device(device)}}
 
 
 def _load(wrapped: Any, tensors: Mapping[str, "torch.Tensor"]) -> None:
@@ -223,6 +498,8 @@ def _load(wrapped: Any, tensors: Mapping[str, "torch.Tensor"]) -> None:
     remedy = "use the base model the adapter was trained on"
     try:
         result = set_peft_model_state_dict(wrapped, dict(tensors))
+    except KeyError as error:  # PEFT looks a head's tensors up by name.
+        raise AdapterError(f"the adapter lacks a tensor of its head: {error.args[0]}", remedy=remedy) from error
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise

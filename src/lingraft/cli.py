@@ -104,7 +104,9 @@ def _run_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Folder of finished steps, shared by runs.  [default: `store` beside --out]",
         ),
         click.option("--on", default="local", show_default=True, type=click.Choice(["local"]), help="Where to run."),
-        click.option("--dry-run", is_flag=True, help="Say what would run, and about how long; do nothing."),
+        click.option(
+            "--dry-run", is_flag=True, help="Say what would run, about how long, and what it needs; do nothing."
+        ),
     ):
         function = option(function)
     return function
@@ -130,12 +132,20 @@ def quickstart(out: Path, short: bool, store: Path | None, on: str, dry_run: boo
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--data-dir", help="Upstream files of the data sets; 'bundled' for lingraft's own.")
 @click.option("--out", type=FOLDER, help="Folder of the results.  [default: runs/<name>]")
+@click.option(
+    "--gpu",
+    default="H100",
+    show_default=True,
+    type=click.Choice(["A100", "H100", "H200"]),
+    help="With --dry-run: for which GPU.",
+)
 @_run_options
 @verb
 def run(
     experiment: Path,
     overrides: tuple[str, ...],
     data_dir: str | None,
+    gpu: str,
     out: Path | None,
     store: Path | None,
     on: str,
@@ -145,7 +155,7 @@ def run(
     """Carry out an experiment (YAML): train, choose λ, merge, evaluate, report. Run again, it goes on where it stopped."""
     from lingraft.commands import experiments
 
-    return experiments.run_experiment(experiment, overrides, data_dir, out, store, on, dry_run, as_json)
+    return experiments.run_experiment(experiment, overrides, data_dir, out, store, on, dry_run, as_json, gpu)
 
 
 @main.command()
@@ -172,10 +182,27 @@ def _model_options(function: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(["bfloat16", "float16", "float32"]),
         ),
         click.option("--device", default="auto", show_default=True),
+        click.option(
+            "--quantization",
+            default="none",
+            show_default=True,
+            type=click.Choice(["none", "nf4", "int8"]),
+            help="Base weights in 4 or 8 bits, on a GPU (bitsandbytes).",
+        ),
+        click.option(
+            "--prompt",
+            default="default",
+            show_default=True,
+            help="The task's wording: default, paper, xlt, xlt-adamergex.",
+        ),
         click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
         click.option("--revision", help="Commit of a hub model."),
         click.option("--language", required=True, help="Language code, such as sw."),
-        click.option("--task", required=True, help="A task (lingraft tasks), or clm for plain text."),
+        click.option(
+            "--task",
+            required=True,
+            help="A task (lingraft tasks), or plain text: clm, mlm, prefix-lm, span-corruption.",
+        ),
         click.option("--model", required=True, help="'demo', a folder, a .gguf file, or a hub id."),
     ):
         function = option(function)
@@ -184,7 +211,7 @@ def _model_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @main.command()
 @_model_options
-@click.option("--text", help="For clm: path of the text below --data-dir, with {language} in it.")
+@click.option("--text", help="For plain text: path of the text below --data-dir, with {language} in it.")
 @click.option(
     "--adapter",
     default="lora",
@@ -198,7 +225,7 @@ def _model_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @verb
 def train(**options: Any) -> Any:
-    """Train an adapter on a task's labels, or on plain text (--task clm).
+    """Train an adapter on a task's labels, or on plain text (--task clm, mlm, prefix-lm, span-corruption).
 
     KEY=VALUE sets training.…, adapter.… or reference.… values, for example training.epochs=1.
     """
@@ -212,11 +239,21 @@ def train(**options: Any) -> Any:
 @click.option("--adapter", type=FOLDER, help="Folder of an adapter; absent: the base model alone.")
 @click.option("--split", default="test", show_default=True)
 @click.option("--limit", type=click.IntRange(min=1), help="So many items, the same in every language.")
-@click.option("--scoring", default="auto", show_default=True, type=click.Choice(["auto", "first_token", "sequence"]))
+@click.option(
+    "--scoring",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "first_token", "sequence", "generation"]),
+    help="Candidates by their likelihood, or what the model writes.",
+)
+@click.option("--normalised", is_flag=True, help="Likelihood of a candidate's token, not of the whole (sequence).")
+@click.option(
+    "--max-length", type=click.IntRange(min=8), default=1024, show_default=True, help="Tokens of prompt and answer."
+)
 @click.option("--out", type=FOLDER, required=True)
 @verb
 def evaluate(**options: Any) -> Any:
-    """Score a model, with or without an adapter, by label likelihood."""
+    """Score a model, with or without an adapter: by label likelihood, or by what it writes."""
     from lingraft.commands import models
 
     return models.evaluate_model(**options)
@@ -305,12 +342,15 @@ def inspect(folders: tuple[Path, ...], as_json: bool) -> Any:
 
 @main.command()
 @click.argument("run_dir", metavar="RUN", type=FOLDER)
+@click.option(
+    "--beside", type=click.Choice(["paper"]), help="The AdaMergeX paper's figures beside ours, where it has any."
+)
 @verb
-def report(run_dir: Path, as_json: bool) -> Any:
+def report(run_dir: Path, beside: str | None, as_json: bool) -> Any:
     """Show a run's results, and write them as Markdown, CSV and JSON into its folder."""
     from lingraft.commands import experiments
 
-    return experiments.show_report(run_dir, as_json)
+    return experiments.show_report(run_dir, as_json, beside=beside)
 
 
 @main.command()

@@ -134,6 +134,10 @@ class ReferenceConfig(Config):
     hub: str | None = Field(default=None, description="instead of `text`: a hub data set with a field `text`")
     hub_config: str = Field(default="{language}", description="the hub data set's configuration, with {language} in it")
     data_dir: str | None = Field(default=None, description="folder of the text; absent: as the task's, or 'bundled'")
+    split: Literal["train", "validation"] = Field(
+        default="train",
+        description="of a task with labels: XCOPA has labels in its target languages for validation only",
+    )
     unit: Literal["packed", "line"] = Field(
         "packed",
         description="'packed': equal segments of running text; 'line': one segment a line (parallel text)",
@@ -141,7 +145,7 @@ class ReferenceConfig(Config):
     segment_tokens: int = Field(default=512, ge=8, description="length of a segment, in tokens")
     max_segments: int | None = Field(default=None, ge=1, description="the same number in every language")
 
-    later: ClassVar[frozenset[str]] = frozenset({"hub", "hub_config"})
+    later: ClassVar[frozenset[str]] = frozenset({"hub", "hub_config", "split"})
 
     @model_validator(mode="after")
     def _sourced(self) -> "ReferenceConfig":
@@ -195,7 +199,15 @@ class EvaluationConfig(Config):
     """How a model is scored."""
 
     split: Literal["validation", "test"] = "test"
-    limit: int | None = Field(default=None, ge=1, description="items per language")
+    limit: int | None = Field(
+        default=None, ge=1, description="items per language; absent: the task's published sample or all"
+    )
+    written_limit: int | None = Field(
+        default=None, ge=1, description="items per language where the model writes its answers, which takes longer"
+    )
+    new_tokens: int | None = Field(
+        default=None, ge=1, description="at most so many tokens where the model writes; absent: the prompt's own number"
+    )
     scoring: Literal["auto", "first_token", "sequence", "generation"] = Field(
         default="auto",
         description="choice tasks: by the candidates' likelihood, or by what the model writes; others are always written",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lingraft import generation, likelihood
+from lingraft import encoding, generation, likelihood, transduction
 from lingraft.adapter import Adapter
 from lingraft.backbones import Backbone
 from lingraft.errors import DataError, UserError
@@ -104,6 +104,12 @@ def ask(
     if not examples:
         raise DataError("there is nothing to evaluate")
     choice = bool(examples[0].candidates)
+    length, tokens = asking.max_length, asking.batch_tokens
+    if backbone.kind == "encoder":
+        answers = encoding.predict_choice if choice else encoding.predict_span
+        return answers(backbone, adapter, examples, max_length=length, batch_tokens=tokens, progress=progress)
+    if backbone.kind == "encoder-decoder":
+        return _transduced(backbone, adapter, examples, asking, choice, progress)
     with backbone.with_adapter(adapter), torch.inference_mode():
         if choice and asking.scoring not in ("generation", "gold"):
             return likelihood.label_likelihoods(
@@ -116,6 +122,37 @@ def ask(
                 progress=progress,
             )
         return _generated(backbone, examples, asking, choice, progress)
+
+
+def _transduced(
+    backbone: Backbone,
+    adapter: Adapter | None,
+    examples: Sequence[Example],
+    asking: Asking,
+    choice: bool,
+    progress: Progress | None,
+) -> list[Prediction] | list[Generated]:
+    length, tokens = asking.max_length, asking.batch_tokens
+    if choice and asking.scoring not in ("generation", "gold"):
+        return transduction.predict_choice(
+            backbone,
+            adapter,
+            examples,
+            normalised=asking.normalised,
+            max_input=length,
+            batch_tokens=tokens,
+            progress=progress,
+        )
+    return transduction.generate(
+        backbone,
+        adapter,
+        examples,
+        max_input=length,
+        max_output=asking.new_tokens or 1,
+        batch_tokens=tokens,
+        write=asking.scoring != "gold",
+        progress=progress,
+    )
 
 
 def _generated(

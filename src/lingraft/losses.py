@@ -5,20 +5,53 @@ a training step and most of its memory. Here the frozen embedding is applied to 
 with respect to the states is made in the forward pass, while the chunk's logits are at hand.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 
-def project(states: torch.Tensor, weight: torch.Tensor, softcap: float | None = None) -> torch.Tensor:
-    """Logits in float32: `states @ weightᵀ`, bounded by the soft cap where there is one.
+@dataclass(frozen=True)
+class Drawn:
+    """One sequence of a batch, with whatever was drawn for this step.
+
+    Attributes:
+        item: What the objective reads.
+        terms: How many terms of the loss it has.
+        length: Its tokens: parts of a batch are of near-equal length.
+    """
+
+    item: Any
+    terms: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What sequences of one type teach.
+
+    Attributes:
+        draw: From the backbone, a batch, the share of positions that take a loss, and a seed, what is drawn for every sequence.
+        summed: From the backbone, the model with its adapter and some of what was drawn, the loss summed over its terms.
+    """
+
+    draw: Callable[[Any, Sequence[Any], float, int], list[Drawn]]
+    summed: Callable[[Any, Any, Sequence[Drawn]], torch.Tensor]
+
+
+def project(
+    states: torch.Tensor, weight: torch.Tensor, softcap: float | None = None, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Logits in float32: `states @ weightᵀ + bias`, bounded by the soft cap where there is one.
 
     Args:
         states: positions × width.
         weight: vocabulary × width.
         softcap: c of `c · tanh(x / c)`.
+        bias: vocabulary, where the output embedding has one.
     """
-    logits = torch.nn.functional.linear(states.to(weight.dtype), weight).float()
+    logits = torch.nn.functional.linear(states.to(weight.dtype), weight, bias).float()
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
@@ -31,7 +64,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None
+        ctx: Any,
+        states: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        softcap: float | None,
+        bias: torch.Tensor | None,
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=states.device)
         gradient = torch.empty_like(states)
@@ -42,6 +80,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(states), CHUNK):
             part = states[start : start + CHUNK].to(weight.dtype)
             logits = torch.mm(part, weight.t(), out=held[: len(part)])
+            if bias is not None:
+                logits += bias
             for first in range(0, len(part), rows):
                 here = logits[first : first + rows]
                 gold = labels[start + first : start + first + len(here), None]
@@ -51,9 +91,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0].to(gradient.dtype), None, None, None
+        return gradient * upstream[0].to(gradient.dtype), None, None, None, None
 
 
 def _loss_and_slope(
@@ -76,7 +116,11 @@ def _loss_and_slope(
 
 
 def summed_cross_entropy(
-    states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None = None
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    softcap: float | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross-entropy summed over positions, in float32.
 
@@ -85,8 +129,9 @@ def summed_cross_entropy(
         weight: The output embedding, vocabulary × width, frozen.
         labels: positions, the right token of each.
         softcap: The bound of the logits, if the architecture has one.
+        bias: vocabulary, frozen, where the output embedding has one.
 
     Returns:
         A scalar that can be differentiated with respect to `states`.
     """
-    return _ChunkedCrossEntropy.apply(states, weight, labels, softcap)  # pyright: ignore[reportReturnType]
+    return _ChunkedCrossEntropy.apply(states, weight, labels, softcap, bias)  # pyright: ignore[reportReturnType]

@@ -15,11 +15,15 @@ from lingraft.config import Experiment, TrainingConfig
 from lingraft.digests import digest_file, digest_value
 from lingraft.errors import ConfigError, DataError
 from lingraft.families import family
-from lingraft.locating import Located
+from lingraft.languages import name_of
+from lingraft.locating import Located, architecture_of
 from lingraft.methods import Method, method
-from lingraft.tasks.choice import ChoiceTask, bundled_or
-from lingraft.tasks.reference import reference_path
-from lingraft.tasks.table import choice_task
+from lingraft.protocols import PAPER
+from lingraft.serving import check_served, served_head
+from lingraft.tasks.reference import reference_path, reference_text
+from lingraft.tasks.sources import bundled_or
+from lingraft.tasks.table import find_task
+from lingraft.tasks.task import Task
 
 VERSIONS = {"train": 1, "merge": 1, "predict": 1, "score": 2, "read": 1, "project": 1, "select": 1, "compare": 1}
 """The version of each kind of step: raised when a fix changes its results, which makes the kind's steps new work."""
@@ -122,12 +126,20 @@ def make_plan(experiment: Experiment, located: Located) -> Plan:
 class _Planner:
     def __init__(self, experiment: Experiment, located: Located) -> None:
         self.experiment = experiment
-        self.task: ChoiceTask = choice_task(experiment.task, experiment.tasks)
+        self.task: Task = find_task(experiment.task, experiment.tasks)
+        self.task.prompt(experiment.prompt)  # A wording it does not have is said now.
+        reference = experiment.reference
+        self.reference_task = find_task(reference.task, experiment.tasks) if reference.labelled else None
         self.data_dir = bundled_or(experiment.data_dir)
         self.methods = [method(name) for name in dict.fromkeys(experiment.methods)]
-        self.base = {"backbone": located.digest}
+        self.architecture = architecture_of(located)
+        check_served(self.architecture, self.task, experiment, self.methods)
+        precision = experiment.backbone.quantization
+        self.base = {"backbone": located.digest if precision == "none" else f"{located.digest}:{precision}"}
         self.dtype = experiment.backbone.dtype
-        self._digests: dict[tuple[str, str], str] = {}
+        # The paper's tables hold cells for which nobody has labels; elsewhere a language without data is a mistake.
+        self.lenient = experiment.protocol == PAPER
+        self._digests: dict[tuple[str, str, str], str] = {}
         self._steps: dict[str, Step] = {}
         self.selections: dict[tuple[str, str | None], Step] = {}
 
@@ -136,30 +148,21 @@ class _Planner:
         experiment = self.experiment
         cells: list[Cell] = []
         absent: list[tuple[str, str, str]] = []
-        self.rows_digest(experiment.source, "train")
+        if not self.lenient:
+            self.rows_digest(self.task, experiment.source, "train")
+        languages = {row.name: self.languages(row, absent) for row in self.methods}
         for row in self.methods:
-            if row.adapter == "graft":
-                for language in experiment.targets if row.criterion != "labels" else (None,):
+            if row.adapter == "graft" and languages[row.name]:
+                for language in languages[row.name] if row.criterion != "labels" else (None,):
                     self.selections[row.name, language] = self.selection(row, language)
         for row in self.methods:
-            languages = [*experiment.targets]
-            if row.adapter in ("none", "source"):
-                split = experiment.evaluation.split
-                if self.has_rows(experiment.source, split):
-                    languages.insert(0, experiment.source)
-                else:
-                    # XCOPA has no English test set; the source's own figure is a courtesy, not a result.
-                    absent.append((row.name, experiment.source, f"no labelled {split} data"))
-            for language in languages:
-                if row.adapter == "target" and not self.has_rows(language, "train"):
-                    absent.append((row.name, language, "no labelled training data"))
-                    continue
+            for language in languages[row.name]:
                 for seed in self.seeds(row) if row.adapter != "none" else self.seeds(row)[:1]:
                     cells.append(self.cell(row, language, seed))
         comparisons: dict[tuple[str, int], Step] = {}
         if self.selections:
             for row in (m for m in self.methods if m.references == ("target", "source") and m.adapter == "graft"):
-                for language in experiment.targets:
+                for language in languages[row.name]:
                     for seed in self.seeds(row):
                         comparisons[language, seed] = self.comparison(language, seed)
         ends = [
@@ -168,6 +171,40 @@ class _Planner:
             *(step for c in cells for step in (c.score, c.adapter) if step),
         ]
         return Plan(experiment, ordered(ends), tuple(cells), self.selections, comparisons, tuple(absent))
+
+    def languages(self, row: Method, absent: list[tuple[str, str, str]]) -> list[str]:
+        """The languages in which a method has a number; those in which it has none are noted, with the reason."""
+        experiment = self.experiment
+        wanted = [*experiment.targets]
+        if row.adapter in ("none", "source"):
+            wanted.insert(0, experiment.source)
+        found: list[str] = []
+        for language in wanted:
+            reason = self.lacks(row, language)
+            if reason is None:
+                found.append(language)
+            else:
+                absent.append((row.name, language, reason))
+        return found
+
+    def lacks(self, row: Method, language: str) -> str | None:
+        """Why a method has no number in a language, or None where it has one."""
+        experiment, split = self.experiment, self.experiment.evaluation.split
+        # XCOPA has no English test set; the source's own figure is a courtesy, not a result.
+        courtesy = language == experiment.source
+        if (courtesy or self.lenient) and not self.has_rows(self.task, language, split):
+            return f"no labelled {split} data"
+        if row.adapter == "target" and not self.has_rows(self.task, language, "train"):
+            return "no labelled training data"
+        if not self.lenient or row.adapter in ("none", "target"):
+            return None
+        if not self.has_rows(self.task, experiment.source, "train"):
+            return f"no labelled training data in {name_of(experiment.source)}"
+        if row.adapter == "graft" and self.reference_task is not None:
+            for code in (language, experiment.source, *experiment.development):
+                if not self.has_rows(self.reference_task, code, experiment.reference.split):
+                    return f"no labelled data of the reference task '{self.reference_task.name}' in {name_of(code)}"
+        return None
 
     def seeds(self, row: Method) -> tuple[int, ...]:
         """The seeds of a method."""
@@ -183,47 +220,70 @@ class _Planner:
         made = Step(kind, config, inputs, reads, label)
         return self._steps.setdefault(made.key, made)
 
-    def rows_digest(self, language: str, split: str) -> str:
-        """The digest of a language's rows.
+    def rows_digest(self, task: Task, language: str, split: str) -> str:
+        """The digest of a language's rows of a task.
 
         Raises:
             DataError: There are none.
         """
-        if (language, split) not in self._digests:
-            sources = self.task.sources(language, split, self.data_dir, self.experiment.data_revision)
-            self._digests[language, split] = "+".join(s.digest() for s in sources)
-        return self._digests[language, split]
+        place = (task.name, language, split)
+        if place not in self._digests:
+            folder = self.data_dir
+            if task is not self.task and self.experiment.reference.data_dir is not None:
+                folder = bundled_or(self.experiment.reference.data_dir)
+            revision = self.experiment.data_revision if task is self.task else None
+            sources = task.sources(language, split, folder, revision)
+            self._digests[place] = "+".join(s.digest() for s in sources)
+        return self._digests[place]
 
-    def has_rows(self, language: str, split: str) -> bool:
-        """Whether a language has rows of a split."""
+    def has_rows(self, task: Task, language: str, split: str) -> bool:
+        """Whether a task has rows of a split in a language."""
         try:
-            self.rows_digest(language, split)
+            self.rows_digest(task, language, split)
         except DataError:
             return False
         return True
 
     def task_adapter(self, language: str, seed: int, start_from: Step | None = None) -> Step:
         """The task's adapter in a language, from its initial weights or from another adapter."""
-        after = "" if start_from is None else f" after {start_from.config['language']} text"
+        return self._labelled(self.task, language, self.experiment.training, seed, start_from)
+
+    def _labelled(
+        self, task: Task, language: str, training: TrainingConfig, seed: int, start_from: Step | None = None
+    ) -> Step:
+        split = "train" if task is self.task else self.experiment.reference.split
+        after = "" if start_from is None else f" after {start_from.config['language']} {self.experiment.reference.task}"
+        prompt = self.experiment.prompt if task is self.task else "default"
+        config: dict[str, Any] = {"task": task.spec(prompt), "language": language, "split": split}
         return self._training(
-            {"task": self.task.spec(), "language": language, "split": "train"},
-            self.experiment.training,
+            {**config, **_wording(prompt), **self._head(task)},
+            training,
             seed,
             {} if start_from is None else {"start_from": start_from},
-            {"rows": self.rows_digest(language, "train")},
-            f"train {self.task.name} {language}{after} seed {seed}",
+            {"rows": self.rows_digest(task, language, split)},
+            f"train {task.name} {language}{after} seed {seed}",
         )
+
+    def _head(self, task: Task) -> dict[str, Any]:
+        """What an encoder's training has on top of the adapter."""
+        if self.architecture != "encoder":
+            return {}
+        return {"head": served_head(task)}
 
     def reference_adapter(self, language: str, seed: int) -> Step:
         """The reference task's adapter in a language."""
         config = self.experiment.reference
-        path = reference_path(config, language, self.experiment.data_dir)
+        if self.reference_task is not None:
+            return self._labelled(self.reference_task, language, self.experiment.reference_values, seed)
+        what: dict[str, Any] = {"reference": config.key("text", "data_dir"), "language": language}
+        if config.task == "mlm":
+            what["head"] = {"kind": "masked_lm", "labels": 0}
         return self._training(
-            {"reference": config.key("text", "data_dir"), "language": language},
+            what,
             self.experiment.reference_values,
             seed,
             {},
-            {"text": digest_file(path)},
+            {"text": reference_text(config, language, self.experiment.data_dir).digest()},
             f"train {config.task} {language} seed {seed}",
         )
 
@@ -248,6 +308,8 @@ class _Planner:
                 "projected labels need parallel text, line by line", remedy="give such text and reference.unit=line"
             )
         self.task.of_text(())  # A task that cannot be asked of plain text is said now.
+        if self.architecture != "decoder":
+            raise ConfigError("projected labels are for decoders", remedy="leave methods with projected labels out")
         path = reference_path(reference, experiment.source, experiment.data_dir)
         config = {
             "task": self.task.spec(),
@@ -290,7 +352,7 @@ class _Planner:
 
     def other_language(self, language: str) -> str:
         """The language whose divergence controls for another's: the next of the experiment's, in a circle."""
-        languages = [*self.experiment.targets, *self.experiment.development]
+        languages = list(dict.fromkeys([*self.experiment.targets, *self.experiment.development]))
         if len(languages) < 2:
             raise ConfigError(
                 "the control 'control-other' needs at least two languages besides the source",
@@ -343,32 +405,59 @@ class _Planner:
         graft: Plain | None,
         language: str,
         split: str,
-        limit: int | None,
         label: str,
+        *,
+        prompt: str,
+        choosing: bool = False,
     ) -> Step:
-        """Predictions of the base, an adapter, or a graft merged in memory."""
-        config, reads = self._asked(graft, language, split, limit)
-        config["scoring"] = self.experiment.evaluation.scoring
+        """Predictions of the base, an adapter, or a graft merged in memory; for choosing λ, on fewer items and cheaper."""
+        config, reads = self._asked(graft, language, split, choosing, prompt)
+        config |= self._scoring(prompt, choosing)
+        sample = self.experiment.evaluation.written_limit
+        if config["scoring"] == "generation" and sample is not None:
+            config["limit"] = min(sample, config["limit"] or sample)
         return self.step("predict", config, inputs, reads, f"predict {label} {language} {split}")
 
+    def _scoring(self, prompt: str, choosing: bool) -> dict[str, Any]:
+        """By what answers are judged: candidates by their likelihood where that can be, else what is written."""
+        evaluation, task = self.experiment.evaluation, self.task
+        likelihood = task.kind == "choice" and not task.prompt(prompt).generate
+        if self.architecture == "encoder":
+            return {"scoring": "head"}
+        if choosing and task.kind != "choice":
+            return {"scoring": "gold"}
+        if likelihood and (evaluation.scoring != "generation" or choosing):
+            scoring = "auto" if evaluation.scoring == "generation" else evaluation.scoring
+            return {"scoring": scoring, **({"normalised": True} if evaluation.normalised else {})}
+        wording = task.prompt(prompt)
+        tokens = evaluation.new_tokens or wording.new_tokens
+        return {"scoring": "generation", "new_tokens": tokens, "stop": list(wording.stop)}
+
     def _asked(
-        self, graft: Plain | None, language: str, split: str, limit: int | None
+        self, graft: Plain | None, language: str, split: str, choosing: bool, prompt: str
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """Which items a model is given, and what is put on it: configuration, and digests of what is read."""
+        limit = self.experiment.selection.limit if choosing else self.experiment.evaluation.limit
         config: dict[str, Any] = {
-            "task": self.task.spec(),
+            "task": self.task.spec(prompt),
             "language": language,
             "split": split,
-            "limit": limit,
+            "limit": limit or self.task.sample.get(split),
             "max_length": self.experiment.training.max_length,
             "dtype": self.dtype,
             "graft": graft,
+            **_wording(prompt),
         }
-        return config, {**self.base, "rows": self.rows_digest(language, split)}
+        return config, {**self.base, "rows": self.rows_digest(self.task, language, split)}
 
     def scores(self, prediction: Step) -> Step:
         """The metrics of predictions."""
-        return self.step("score", {}, {"predict": prediction}, {}, prediction.label.replace("predict", "score", 1))
+        config: dict[str, Any] = {}
+        if prediction.config["scoring"] in ("generation", "gold") or self.task.kind != "choice":
+            prompt = prediction.config.get("prompt", "default")
+            config = {"rule": self.task.rule(prompt), "language": prediction.config["language"]}
+        label = prediction.label.replace("predict", "score", 1)
+        return self.step("score", config, {"predict": prediction}, {}, label)
 
     def selection(self, row: Method, language: str | None = None) -> Step:
         """The choice of a method's λ, over all seeds: on the development languages, or without labels for one target.
@@ -381,12 +470,8 @@ class _Planner:
             return self.step("select", {"weight": chosen.weight}, {}, {}, f"λ of {row.name}: {chosen.weight}, as given")
         if language is not None and row.criterion == "norms":
             return self._by_norms(row, language)
-        if language is None and not self.experiment.development:
-            raise ConfigError(
-                f"'{row.name}' needs development languages to choose λ on",
-                remedy="add development: [..], languages that are not targets, or fix selection.weight, or choose without "
-                f"labels: {row.name}:entropy",
-            )
+        if language is None:
+            self._check_choosing(row)
         weights = sorted({row.neutral, *(w for w in chosen.weights if not row.neutral or w < row.neutral)})
         inputs: dict[str, Step] = {}
         for weight in weights:
@@ -399,6 +484,25 @@ class _Planner:
             config["neutral"] = row.neutral
         return self.step("select", config, inputs, {}, f"select λ of {row.name}" + (f" {language}" if language else ""))
 
+    def _check_choosing(self, row: Method) -> None:
+        """Makes sure that there is something to choose λ on."""
+        if not self.experiment.development:
+            raise ConfigError(
+                f"'{row.name}' needs development languages to choose λ on",
+                remedy="add development: [..], languages that are not targets, or fix selection.weight, or choose without "
+                f"labels: {row.name}:entropy",
+            )
+        for split in self.experiment.selection.splits:
+            for code in self.experiment.development:
+                try:
+                    self.rows_digest(self.task, code, split)
+                except DataError as error:
+                    raise DataError(
+                        f"λ cannot be chosen on {name_of(code)}: {error.what}",
+                        where=error.where,
+                        remedy=f"{error.remedy}; or choose on other languages (development), or fix selection.weight",
+                    ) from None
+
     def _by_norms(self, row: Method, language: str) -> Step:
         inputs: dict[str, Step] = {}
         for seed in self.judging(row):
@@ -410,7 +514,6 @@ class _Planner:
 
     def _candidate(self, row: Method, weight: float, language: str, split: str, seed: int) -> Step:
         """What a weight is judged by: scores of answers, or the likelihood of the items as text."""
-        limit = self.experiment.selection.limit
         if weight == row.neutral:
             graft, inputs = None, {"adapter": self.task_adapter(self.experiment.source, seed)}
             label = f"eng-ft seed {seed}"
@@ -418,24 +521,23 @@ class _Planner:
             graft = {**self.graft_config(row), "weight": weight}
             inputs = self.graft_inputs(row, language, seed)
             label = f"{row.name.partition(':')[0]} λ={weight:g} seed {seed}"
+        prompt = self.experiment.prompt
         if row.criterion == "likelihood":
-            return self.reading(inputs, graft, language, split, limit, label)
-        return self.scores(self.prediction(inputs, graft, language, split, limit, label))
+            return self.reading(inputs, graft, language, split, label)
+        return self.scores(self.prediction(inputs, graft, language, split, label, prompt=prompt, choosing=True))
 
-    def reading(
-        self, inputs: Mapping[str, Step], graft: Plain | None, language: str, split: str, limit: int | None, label: str
-    ) -> Step:
+    def reading(self, inputs: Mapping[str, Step], graft: Plain | None, language: str, split: str, label: str) -> Step:
         """The likelihood of items as text; their labels are not looked at."""
-        config, reads = self._asked(graft, language, split, limit)
+        config, reads = self._asked(graft, language, split, True, self.experiment.prompt)
         return self.step("read", config, inputs, reads, f"read {label} {language} {split}")
 
     def cell(self, row: Method, language: str, seed: int) -> Cell:
         """The steps behind one number of the table."""
         adapter = self.method_adapter(row, language, seed)
-        evaluation = self.experiment.evaluation
         inputs = {} if adapter is None else {"adapter": adapter}
         label = row.name if adapter is None else f"{row.name} seed {seed}"
-        prediction = self.prediction(inputs, None, language, evaluation.split, evaluation.limit, label)
+        split, prompt = self.experiment.evaluation.split, row.prompt or self.experiment.prompt
+        prediction = self.prediction(inputs, None, language, split, label, prompt=prompt)
         return Cell(row.name, language, seed, prediction, self.scores(prediction), adapter)
 
     def method_adapter(self, row: Method, language: str, seed: int) -> Step | None:
@@ -468,17 +570,23 @@ _CRITERION = {"labels": "gold_log_likelihood", "entropy": "entropy", "likelihood
 """What of a candidate's figures a criterion compares."""
 
 
+def _wording(prompt: str) -> dict[str, str]:
+    """The prompt's name, where it is not the default: earlier steps have none."""
+    return {} if prompt == "default" else {"prompt": prompt}
+
+
 def characters(experiment: Experiment, steps: Sequence[Step]) -> dict[str, int]:
     """Characters that steps read, by key, for estimates: files only, the hub's rows are not fetched for one."""
     data_dir = bundled_or(experiment.data_dir)
-    task = choice_task(experiment.task, experiment.tasks)
     sizes: dict[str, int] = {}
     for step in steps:
         config = step.config
         path: Path | None = None
         if "reference" in config or "projected" in config:
-            path = reference_path(experiment.reference, config["language"], experiment.data_dir)
+            if experiment.reference.text:
+                path = reference_path(experiment.reference, config["language"], experiment.data_dir)
         elif "split" in config and data_dir is not None:
+            task = find_task(config["task"]["task"], experiment.tasks)
             path = getattr(task.source(config["language"], config["split"], data_dir), "path", None)
         if path is not None:
             size = len(path.read_text(encoding="utf-8", errors="replace"))

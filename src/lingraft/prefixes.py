@@ -3,15 +3,20 @@
 PEFT holds the parameters and the file. It hands a prefix to the model through its own wrapper's forward and generation code,
 which break with nearly every version of transformers; a hook on the decoder sees every call, in training, scoring and
 generation, with a cache and without, and needs the cache's public methods only.
+
+An encoder keeps no keys and values. There the prefix stands before those that every layer hands to transformers' attention
+interface, under a name of our own in its table; the mask is widened for it, and the text's positions come behind it, as in PEFT.
 """
 
 import inspect
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from lingraft.architectures import kind_of
 from lingraft.errors import AdapterError
 
 
@@ -25,16 +30,16 @@ def refusal(model: Any, structure: str) -> str | None:
     name, config = type(model).__name__, model.config.get_text_config()
     if structure != "prefix":
         return None
-    if name.endswith("ForMultipleChoice"):
-        return f"{name} folds the choices into the batch, which a prefix does not know of"
+    if _encodes(model):
+        return (
+            None if _dispatches(model) else f"{name} computes attention in a way of its own, which takes no other keys"
+        )
     if _recomputes(model):
         return "gradient checkpointing computes keys and values again and loses those of the prefix"
     if getattr(config, "is_encoder_decoder", False):
         return f"{name} has two stacks of layers, and a prefix here is of one"
     if "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
         return f"{name} takes no keys and values from outside"
-    if not getattr(config, "is_decoder", True) and name.startswith(("Bert", "Roberta", "XLMRoberta", "DistilBert")):
-        return f"{name} is an encoder, whose layers keep no keys and values"
     if getattr(config, "num_kv_shared_layers", 0):
         return f"{name} shares keys and values among layers"
     kinds = set(getattr(config, "layer_types", None) or []) - {
@@ -45,6 +50,15 @@ def refusal(model: Any, structure: str) -> str | None:
     if kinds:
         return f"{name} has layers without keys and values ({', '.join(sorted(kinds))})"
     return None
+
+
+def _encodes(model: Any) -> bool:
+    return kind_of(model.config.to_dict()) == "encoder"
+
+
+def _dispatches(model: Any) -> bool:
+    """Whether a model's attention goes through transformers' table of attention functions."""
+    return hasattr(sys.modules[type(model.base_model).__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
 def _recomputes(model: Any) -> bool:
@@ -78,6 +92,16 @@ def keys_and_values(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """
     if reason := refusal(model, "prefix"):
         raise AdapterError(f"a prefix cannot be put on this model: {reason}", remedy="choose another structure")
+    if _encodes(model):
+        found: list[torch.Tensor] = []
+
+        def record(inner: _Attention, module: Any, query: Any, key: Any, value: Any, mask: Any, given: Any) -> Any:
+            found.extend(states[0].transpose(0, 1).flatten(1).float() for states in (key, value))
+            return inner(module, query, key, value, mask, **given)
+
+        with _attention_through(model, record), torch.no_grad():
+            model.base_model(input_ids=ids)
+        return torch.cat(found, dim=1).cpu()
     from transformers import DynamicCache
 
     with torch.no_grad():
@@ -98,6 +122,132 @@ def _fill(cache: Any, prefix: torch.Tensor, shape: tuple[int, int, int], batch: 
         cache.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), number)
 
 
+_Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+_ATTENDING: dict[int, Callable[..., Any]] = {}
+"""By the identity of a layer's attention, what computes it instead of transformers' function."""
+
+
+def _registered(usual: str) -> str:
+    """The name, in transformers' table, of attention that goes through `_ATTENDING`, and else is as usual.
+
+    Raises:
+        AdapterError: The usual attention takes no mask that could be widened.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+    if usual not in ("eager", "sdpa"):
+        raise AdapterError(
+            f"a prefix cannot be put on this model: its attention is '{usual}'", remedy="load it with sdpa or eager"
+        )
+    name = f"lingraft-{usual}"
+    if name in ALL_ATTENTION_FUNCTIONS:
+        return name
+
+    def through(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **given: Any) -> Any:
+        default = sys.modules[type(module).__module__].eager_attention_forward
+        inner = ALL_ATTENTION_FUNCTIONS.get_interface(usual, default)
+        function = _ATTENDING.get(id(module))
+        if function is None:
+            return inner(module, query, key, value, attention_mask, **given)
+        return function(inner, module, query, key, value, attention_mask, given)
+
+    AttentionInterface.register(name, through)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[usual])
+    return name
+
+
+@contextmanager
+def _attention_through(model: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """Has every attention of an encoder computed by `function(inner, module, query, key, value, mask, given)`.
+
+    Args:
+        model: An encoder with any head.
+        function: Gets what the layer hands over (batch × heads × length × width), and `inner`, which would compute it otherwise.
+
+    Raises:
+        AdapterError: The model's attention takes no mask that could be widened.
+    """
+    # Encoders with several heads share their layers, so there may be a configuration a head.
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    name = _registered((model.base_model.config._attn_implementation or "eager").removeprefix("lingraft-"))
+    earlier = dict(_ATTENDING)
+    _ATTENDING.update((id(module), function) for module in model.modules())
+    try:
+        for config in configs.values():
+            config._attn_implementation = name
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+        for module in model.modules():
+            if (old := earlier.get(id(module))) is not None:
+                _ATTENDING[id(module)] = old
+            else:
+                _ATTENDING.pop(id(module), None)
+
+
+def _layers(model: Any) -> dict[int, int]:
+    """The number of every attention of an encoder, by identity: the order in which they are called."""
+    found: dict[int, int] = {}
+
+    def record(inner: _Attention, module: Any, query: Any, key: Any, value: Any, mask: Any, given: Any) -> Any:
+        found[id(module)] = len(found)
+        return inner(module, query, key, value, mask, **given)
+
+    with _attention_through(model, record), torch.no_grad():
+        model.base_model(input_ids=torch.tensor([[1, 2]], device=model.device))
+    return found
+
+
+@contextmanager
+def _before_the_text(model: Any, prefix: torch.Tensor, shape: tuple[int, int, int]) -> Iterator[None]:
+    """Puts a prefix before the keys and values of an encoder's layers."""
+    layers, heads, width = shape
+    numbers = _layers(model)
+    if len(numbers) != layers:
+        raise AdapterError(
+            f"a prefix cannot be put on this model: {len(numbers)} of its {layers} layers show their keys"
+        )
+
+    def attend(inner: _Attention, module: Any, query: Any, key: Any, value: Any, mask: Any, given: Any) -> Any:
+        blocks = prefix.to(key.dtype).view(len(prefix), layers, 2, heads, width).permute(1, 2, 3, 0, 4)
+        before = [block.expand(len(key), -1, -1, -1) for block in blocks[numbers[id(module)]]]
+        if mask is not None:  # True, or nothing added to the scores: every word sees the prefix.
+            mask = torch.nn.functional.pad(mask, (len(prefix), 0), value=mask.dtype == torch.bool)
+        return inner(
+            module, query, torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2), mask, **given
+        )
+
+    base = model.base_model
+    takes = inspect.signature(base.forward).parameters
+    most = getattr(model.config, "max_position_embeddings", None)
+
+    def behind(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kwargs = {**inspect.signature(module.forward).bind_partial(*args).arguments, **given}
+        if kwargs.get("position_ids") is None and "position_ids" in takes and (ids := kwargs.get("input_ids")) is not None:
+            count = getattr(base.embeddings, "create_position_ids_from_input_ids", None)
+            if count is None:
+                places = torch.arange(len(prefix), len(prefix) + ids.shape[1], device=ids.device).expand(len(ids), -1)
+            else:  # RoBERTa's begin behind the padding token's, and skip padding.
+                places = count(ids, base.embeddings.padding_idx, len(prefix))
+            if most is not None and int(places.max()) >= most:
+                raise AdapterError(
+                    f"a text of {ids.shape[1]} tokens and a prefix of {len(prefix)} are more than the model's {most} positions",
+                    remedy="give a max_length (segment_tokens for reference text) that leaves room for the prefix",
+                )
+            kwargs["position_ids"] = places
+        return (), kwargs
+
+    handle = base.register_forward_pre_hook(behind, with_kwargs=True)
+    try:
+        with _attention_through(model, attend):
+            yield
+    finally:
+        handle.remove()
+
+
 @contextmanager
 def in_front(model: Any, prefix: torch.Tensor) -> Iterator[None]:
     """Puts a prefix in front of whatever the model reads, in all its layers.
@@ -106,7 +256,7 @@ def in_front(model: Any, prefix: torch.Tensor) -> Iterator[None]:
     A cache that is handed in together with `use_cache=False` is not read: generation hands back the one of the step before.
 
     Args:
-        model: A causal language model.
+        model: A causal language model, or an encoder with any head.
         prefix: Virtual tokens × (layers · 2 · heads · width); gradients flow into it.
 
     Raises:
@@ -123,6 +273,10 @@ def in_front(model: Any, prefix: torch.Tensor) -> Iterator[None]:
             f"the adapter does not fit this base model: a prefix {wide} wide, {2 * shape[0] * shape[1] * shape[2]} expected",
             remedy="use the base model the adapter was trained on",
         )
+    if _encodes(model):
+        with _before_the_text(model, prefix, shape):
+            yield
+        return
     config = model.config.get_text_config()
     takes = inspect.signature(model.base_model.forward).parameters
 

@@ -9,6 +9,8 @@ ROLES: dict[str, tuple[str, ...]] = {
     "attention.query": (
         "self_attn.q_proj",
         "attention.self.query",
+        "attention.self.query_proj",
+        "attention.q_lin",
         "attn.q_proj",
         "SelfAttention.q",
         "EncDecAttention.q",
@@ -16,6 +18,8 @@ ROLES: dict[str, tuple[str, ...]] = {
     "attention.key": (
         "self_attn.k_proj",
         "attention.self.key",
+        "attention.self.key_proj",
+        "attention.k_lin",
         "attn.k_proj",
         "SelfAttention.k",
         "EncDecAttention.k",
@@ -23,28 +27,56 @@ ROLES: dict[str, tuple[str, ...]] = {
     "attention.value": (
         "self_attn.v_proj",
         "attention.self.value",
+        "attention.self.value_proj",
+        "attention.v_lin",
         "attn.v_proj",
         "SelfAttention.v",
         "EncDecAttention.v",
     ),
+    "attention.query_key_value": (
+        "attention.query_key_value",
+        "self_attention.query_key_value",
+        "self_attn.qkv_proj",
+        "attn.Wqkv",
+    ),
     "attention.output": (
         "self_attn.o_proj",
         "attention.output.dense",
+        "attention.out_lin",
+        "attention.dense",
+        "self_attention.dense",
         "attn.out_proj",
+        "attn.Wo",
         "SelfAttention.o",
         "EncDecAttention.o",
     ),
     "feed_forward.gate": ("mlp.gate_proj", "DenseReluDense.wi_0"),
     "feed_forward.input": (
         "mlp.up_proj",
+        "mlp.gate_up_proj",
         "intermediate.dense",
+        "ffn.lin1",
         "DenseReluDense.wi_1",
         "DenseReluDense.wi",
         "mlp.fc1",
+        "mlp.dense_h_to_4h",
+        "mlp.Wi",
     ),
-    "feed_forward.output": ("mlp.down_proj", "output.dense", "DenseReluDense.wo", "mlp.fc2"),
+    "feed_forward.output": (
+        "mlp.down_proj",
+        "output.dense",
+        "ffn.lin2",
+        "DenseReluDense.wo",
+        "mlp.fc2",
+        "mlp.dense_4h_to_h",
+        "mlp.Wo",
+    ),
 }
-"""Role → the ends of module paths that play it. The longest end decides: `attention.output.dense` is no `output.dense`."""
+"""Role → the ends of module paths that play it. The longest end decides: `attention.output.dense` is no `output.dense`.
+
+Some layouts have query, key and value in one layer, `attention.query_key_value`, or gate and input of the feed-forward part, which
+then plays its input.
+"""
 
 ROLES["attention"] = tuple(end for role, ends in ROLES.items() if role.startswith("attention.") for end in ends)
 ROLES["feed_forward"] = tuple(end for role, ends in ROLES.items() if role.startswith("feed_forward.") for end in ends)
@@ -58,6 +90,11 @@ def plays(module: str, role: str) -> bool:
     """Whether a module, given by its path, plays a role."""
     best = max((end for ends in ROLES.values() for end in ends if _ends_with(module, end)), key=len, default=None)
     return best is not None and best in ROLES[role]
+
+
+def plays_any(module: str) -> bool:
+    """Whether a module, given by its path, plays a role."""
+    return any(_ends_with(module, end) for ends in ROLES.values() for end in ends)
 
 
 def layer_of(module: str) -> int | None:

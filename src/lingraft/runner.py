@@ -6,13 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lingraft.answers.scoring import MAIN
 from lingraft.config import Experiment
+from lingraft.costs import cost, shape_for
 from lingraft.digests import digest_value
 from lingraft.errors import Interrupted, LingraftError, RunFailed, UserError, suggestion
 from lingraft.execution import SELECTED, SIMILARITY, Session, check_data, execute
 from lingraft.locating import Located, locate
 from lingraft.plan import Plan, Step, characters, make_plan, ordered
 from lingraft.store import Store, write_json
+from lingraft.tasks.table import find_task
 
 MANIFEST = "manifest.json"
 # Characters a second of Gemma 3 270M in bfloat16 on two CPU cores, until this store has measured its own.
@@ -157,6 +160,7 @@ def write_manifest(plan: Plan, located: Located, store: Store, out: Path) -> Non
     manifest: dict[str, Any] = {
         "format": 2,
         "experiment": plan.experiment.model_dump(mode="json"),
+        "metric": main_metric(plan.experiment),
         "backbone": {"name": located.name, "digest": located.digest},
         "store": os.path.relpath(store.root, out.absolute()),
         "cells": [
@@ -185,14 +189,27 @@ def write_manifest(plan: Plan, located: Located, store: Store, out: Path) -> Non
     write_json(out / MANIFEST, manifest)
 
 
-def estimates(plan: Plan, store: Store) -> dict[str, Any]:
+def main_metric(experiment: Experiment) -> str:
+    """What the experiment's task is measured by."""
+    rule = find_task(experiment.task, experiment.tasks).rule(experiment.prompt)
+    return MAIN[rule["kind"]]
+
+
+def estimates(plan: Plan, store: Store, located: Located, device: str = "H100") -> dict[str, Any]:
     """What a run would do and about how long it takes.
 
     Rates come from the finished steps of this store on the same base model; the demo model has measured defaults; else the
     time is None.
 
+    Args:
+        plan: The plan.
+        store: The finished steps.
+        located: The base model.
+        device: The GPU to reckon hours for; see `costs`.
+
     Returns:
-        `steps` by kind (pending, finished), and `seconds` or None.
+        `steps` by kind (pending, finished), `seconds` on this machine or None, and `cost`, what the pending steps would take on a
+        GPU (see `costs.cost`), or None where the base model's shape is not known without fetching it.
     """
     todo = pending(plan, store)
     kinds: dict[str, dict[str, int]] = {}
@@ -210,7 +227,12 @@ def estimates(plan: Plan, store: Store) -> dict[str, Any]:
             seconds = None
             break
         seconds += sizes[step.key] / rates[step.kind]
-    return {"steps": kinds, "seconds": seconds}
+    shape = shape_for(located)
+    return {
+        "steps": kinds,
+        "seconds": seconds,
+        "cost": None if shape is None else cost(plan, shape, todo, device=device),
+    }
 
 
 def _rates(plan: Plan, store: Store, sizes: dict[str, int]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from lingraft import roles
 from lingraft.batching import derived_seed
 from lingraft.config import AdapterConfig
 from lingraft.errors import AdapterError
+from lingraft.heads import Head, tensor_prefix
 from lingraft.layouts.common import PREFIX
 from lingraft.layouts.prefix import TENSOR, site_name
 from lingraft.modules import INITIAL_STD
@@ -34,15 +35,53 @@ Fresh = tuple[dict[str, Any], dict[str, torch.Tensor]]
 """PEFT's configuration, and the initial tensors by PEFT's names, in float32."""
 
 
-def fresh(backbone: "Backbone", config: AdapterConfig, seed: int) -> Fresh:
+def fresh(backbone: "Backbone", config: AdapterConfig, seed: int, head: Head | None = None) -> Fresh:
     """An untrained adapter.
+
+    Args:
+        backbone: The base model.
+        config: The adapter's structure.
+        seed: Draws what is drawn.
+        head: The head of an encoder, part of the adapter where it is trained; None: none.
 
     Raises:
         UserError: The base has none of the modules.
         AdapterError: The base cannot serve the structure.
+        BackboneError: The checkpoint has no such head, and it cannot be trained.
     """
     made, tensors = _MAKERS[config.family](backbone, config, seed)
-    return {**made, "task_type": "CAUSAL_LM", "base_model_name_or_path": backbone.located.name}, tensors
+    task = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}.get(backbone.kind)
+    if head is not None:
+        task, modules, drawn = head.task_type, backbone.headed(head).modules, _head(backbone, head, seed)
+        if modules:
+            # PEFT finds modules by the ends of their paths.
+            made["modules_to_save"] = [path.rsplit(".", 1)[-1] for path in modules]
+            start = tensor_prefix(config.family)
+            tensors = {**tensors, **{f"{start}{name}": tensor for name, tensor in drawn.items()}}
+    return {**made, "task_type": task, "base_model_name_or_path": backbone.located.name}, tensors
+
+
+def _head(backbone: "Backbone", head: Head, seed: int) -> dict[str, torch.Tensor]:
+    """A head's tensors by their paths in the model: the checkpoint's where it has them, else as transformers draws them.
+
+    Matrices are Gaussian with the configuration's deviation, biases zero, the weights of norms one.
+    """
+    headed = backbone.headed(head)
+    config: Any = headed.model.config
+    spread = float(getattr(config, "initializer_range", INITIAL_STD) or INITIAL_STD)
+    found: dict[str, torch.Tensor] = {}
+    for path in headed.modules:
+        for name, tensor in headed.model.get_submodule(path).state_dict().items():
+            whole = f"{path}.{name}"
+            if whole not in headed.drawn:
+                found[whole] = tensor.detach().float().cpu().clone()
+            elif tensor.dim() > 1:
+                parts = ("head", backbone.digest, head.kind, head.labels, whole, seed)
+                values = np.random.default_rng(derived_seed(*parts)).normal(0, spread, size=tuple(tensor.shape))
+                found[whole] = torch.from_numpy(values.astype(np.float32))
+            else:
+                found[whole] = (torch.zeros if name.endswith("bias") else torch.ones)(tensor.shape)
+    return found
 
 
 def sites(made: dict[str, Any]) -> list[str]:

@@ -23,12 +23,15 @@ from lingraft.adapter import Adapter
 from lingraft.backbones import Backbone, environment, peft_config
 from lingraft.batching import TokenSequence, batches, derived_seed, loss_positions, micro_batches, steps_of
 from lingraft.config import AdapterConfig, TrainingConfig
+from lingraft.encoding import LABELLED, MASKED, LabelledSequence, MaskedSequence
 from lingraft.errors import AdapterError, LingraftError, UserError
+from lingraft.heads import Head
 from lingraft.layouts.common import CONFIG, SIDECAR, WEIGHTS
-from lingraft.losses import summed_cross_entropy
+from lingraft.losses import Drawn, Objective, summed_cross_entropy
 from lingraft.store import write_json
 from lingraft.structures import fresh
 from lingraft.tensors import TensorFile, write_all
+from lingraft.transduction import CORRUPTED, PAIRED, CorruptedSequence, PairSequence
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -58,10 +61,15 @@ def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _forward(
-    backbone: Backbone, chosen: Sequence[TokenSequence], positions: Sequence[np.ndarray[Any, Any]]
-) -> torch.Tensor:
+def _next_tokens(backbone: Backbone, chosen: Sequence[TokenSequence], share: float, seed: int) -> list[Drawn]:
+    """With every sequence the positions whose next token takes a loss."""
+    positions = loss_positions(chosen, share, seed)
+    return [Drawn((s, where), len(where), len(s.ids)) for s, where in zip(chosen, positions, strict=True)]
+
+
+def _summed_next_tokens(backbone: Backbone, model: Any, part: Sequence[Drawn]) -> torch.Tensor:
     """Summed cross-entropy over the positions given; padding stands on the right, where a causal model does not look."""
+    chosen, positions = [d.item[0] for d in part], [d.item[1] for d in part]
     width = max(len(s.ids) for s in chosen)
     ids = torch.full((len(chosen), width), backbone.pad_id, dtype=torch.long)
     attention = torch.zeros_like(ids)
@@ -78,32 +86,61 @@ def _forward(
     return summed_cross_entropy(states[rows, columns], weight, ids[rows, columns + 1], backbone.softcap)
 
 
+_OBJECTIVES: dict[type, tuple[str, Objective]] = {
+    TokenSequence: ("decoder", Objective(_next_tokens, _summed_next_tokens)),
+    LabelledSequence: ("encoder", LABELLED),
+    MaskedSequence: ("encoder", MASKED),
+    PairSequence: ("encoder-decoder", PAIRED),
+    CorruptedSequence: ("encoder-decoder", CORRUPTED),
+}
+"""By the type of the sequences, which models can learn from them, and how."""
+
+
+def _objective(backbone: Backbone, sequences: Sequence[Any]) -> Objective:
+    """How a model learns from sequences.
+
+    Raises:
+        UserError: They are not for this kind of model.
+    """
+    kind, found = _OBJECTIVES[type(sequences[0])]
+    if kind != backbone.kind:
+        raise UserError(f"these sequences are for an {kind}, and {backbone.located.name} is an {backbone.kind}")
+    return found
+
+
+def _length(sequence: Any) -> int:
+    return len(sequence.ids) if isinstance(sequence, TokenSequence) else sequence.length
+
+
 def batch_loss(
     backbone: Backbone,
-    chosen: Sequence[TokenSequence],
+    chosen: Sequence[Any],
     *,
     share: float = 1.0,
     seed: int = 0,
     backward: Callable[[torch.Tensor], None] | None = None,
+    model: Any = None,
 ) -> float:
-    """Mean cross-entropy of a batch over the positions that take a loss; computed in parts of near-equal length.
+    """Mean cross-entropy of a batch over what takes a loss; computed in parts of near-equal length.
 
     Args:
         backbone: The model, its adapter attached.
-        chosen: The batch.
-        share: The share of positions that take a loss.
-        seed: Draws them.
+        chosen: The batch, of sequences of one type.
+        share: The share of positions that take a loss, in causal language modelling.
+        seed: Draws them, or the positions that are masked.
         backward: Called with every part's share of the loss; the gradients add up.
+        model: Of an encoder, the model with its head; None: its language model.
     """
-    positions = loss_positions(chosen, share, seed)
-    count = sum(len(p) for p in positions)
+    objective, model = _objective(backbone, chosen), backbone.model if model is None else model
+    drawn = objective.draw(backbone, chosen, share, seed)
+    count = sum(d.terms for d in drawn)
     if count == 0:  # a batch of empty lines
         return 0.0
     total = 0.0
-    for part in micro_batches([len(s.ids) for s in chosen]):
-        if not any(len(positions[i]) for i in part):
+    for part in micro_batches([d.length for d in drawn]):
+        if not any(drawn[i].terms for i in part):
             continue
-        loss = _forward(backbone, [chosen[i] for i in part], [positions[i] for i in part]) / count
+        loss = objective.summed(backbone, model, [drawn[i] for i in part]) / count
         total += float(loss.detach())
         if backward is not None:
             backward(loss)
@@ -112,11 +149,12 @@ def batch_loss(
 
 def train(
     backbone: Backbone,
-    sequences: Sequence[TokenSequence],
+    sequences: Sequence[Any],
     out: Path,
     *,
     adapter: AdapterConfig | None = None,
     training: TrainingConfig | None = None,
+    head: Head | None = None,
     seed: int = 0,
     start_from: Path | None = None,
     provenance: dict[str, Any] | None = None,
@@ -130,10 +168,12 @@ def train(
 
     Args:
         backbone: The frozen base model.
-        sequences: What to learn, from `answer_sequences` or `text_sequences`.
+        sequences: What to learn, all of one type: from `answer_sequences` or `text_sequences`, for an encoder from
+            `labelled_sequences` or `masked_sequences`, for an encoder-decoder from `lingraft.transduction`.
         out: The folder to write to.
         adapter: The adapter's structure.
         training: How it is trained.
+        head: The head of an encoder, which is trained and saved with the adapter; None: the one the sequences are for.
         seed: Initial weights, order, dropout and drawn positions.
         start_from: An adapter to go on from, instead of the initial weights.
         provenance: Written to the sidecar.
@@ -146,26 +186,37 @@ def train(
 
     Raises:
         AdapterError: The adapter to start from does not fit.
+        UserError: The sequences are not for this kind of model.
+        BackboneError: An encoder's checkpoint has no language model to be trained with.
         LingraftError: The loss became NaN or infinite.
     """
     adapter, training = adapter or AdapterConfig(), training or TrainingConfig()
-    made, tensors = fresh(backbone, adapter, seed)
-    init_hash = hash_tensors(tensors)
+    if backbone.kind == "encoder" and head is None:
+        _objective(backbone, sequences)
+        head = getattr(sequences[0], "head", Head("masked_lm"))
+    made, tensors = fresh(backbone, adapter, seed, head)
+    heads, saved = _of_head(made, tensors), sorted(made.get("modules_to_save", ()))
+    # Adapters that are merged must have started alike; heads are not merged.
+    init_hash = hash_tensors({name: t for name, t in tensors.items() if name not in heads})
     if start_from is not None:
-        tensors = _tensors_of(start_from, tensors)
+        tensors = _tensors_of(start_from, tensors, heads)
     config = peft_config(made)
-    with backbone.attached(config, tensors) as model:
+    with backbone.attached(config, tensors, head) as model:
         model.train()
         summary = _loop(backbone, model, sequences, out, training, seed, trackers, progress, checkpoint_seconds)
         final = {name: t.detach().float().cpu().numpy() for name, t in get_peft_model_state_dict(model).items()}
     write_all(out / WEIGHTS, final)
-    _write_config(out / CONFIG, config, {field: _names(backbone, made[field]) for field in _MODULES if field in made})
+    names = {field: _names(backbone, made[field], head) for field in _MODULES if field in made}
+    if saved:  # PEFT adds names of its own.
+        names["modules_to_save"] = saved
+    _write_config(out / CONFIG, config, names)
     sidecar = {
         "format": 1,
         "kind": "adapter",
         "family": adapter.family,
         "backbone": {"name": backbone.located.name, "digest": backbone.digest},
         "init_sha256": init_hash,
+        **({"head": head.as_dict()} if head is not None else {}),
         "provenance": {"how": "train", "seed": seed, "lingraft": __version__, **(provenance or {})},
     }
     write_json(out / SIDECAR, sidecar)
@@ -176,10 +227,23 @@ def train(
 _MODULES = ("target_modules", "feedforward_modules")
 
 
-def _names(backbone: Backbone, modules: Sequence[str]) -> list[str]:
-    """What the configuration calls the modules: `q_proj` where that names just them, as other tools expect, else paths."""
+def _names(backbone: Backbone, modules: Sequence[str], head: Head | None = None) -> list[str]:
+    """What the configuration calls the modules: `q_proj` where that names just them, as other tools expect, else paths.
+
+    On an encoder it must name just them under every head, whose layers PEFT would adapt as well.
+    """
     leaves = sorted({module.rsplit(".", 1)[-1] for module in modules})
+    if head is not None:
+        models = (backbone.model, backbone.headed(head).model)
+        found = {n for m in models for n, _ in m.named_modules() if n.rsplit(".", 1)[-1] in leaves}
+        return leaves if found == set(modules) else list(modules)
     return leaves if set(backbone.target_modules(tuple(leaves))) == set(modules) else list(modules)
+
+
+def _of_head(made: dict[str, Any], tensors: dict[str, torch.Tensor]) -> set[str]:
+    """The names of a head's tensors."""
+    modules = tuple(f".{name}." for name in made.get("modules_to_save", ()))
+    return {name for name in tensors if any(part in name for part in modules)}
 
 
 def _write_config(path: Path, config: Any, names: dict[str, list[str]]) -> None:
@@ -189,21 +253,25 @@ def _write_config(path: Path, config: Any, names: dict[str, list[str]]) -> None:
     write_json(path, json.loads(json.dumps(values, default=lambda v: getattr(v, "value", str(v)))))
 
 
-def _tensors_of(folder: Path, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    found = {name: torch.from_numpy(np.array(array)) for name, array in Adapter.load(folder).tensors()}
-    wrong = sorted(n for n in set(found) ^ set(like) or {n for n in like if like[n].shape != found[n].shape})
+def _tensors_of(folder: Path, like: dict[str, torch.Tensor], heads: set[str]) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter to start from; a head that it has not, or of another size, is a fresh one."""
+    adapter = Adapter.load(folder)
+    found = {name: torch.from_numpy(np.array(array)) for name, array in adapter.tensors()}
+    sites = set(like) - heads
+    wrong = sorted(n for n in set(found) ^ sites or {n for n in sites if like[n].shape != found[n].shape})
     if wrong:
         raise AdapterError(
             f"the adapter to start from has another structure: {len(wrong)} tensors, first {wrong[0]}",
             where=folder,
         )
-    return found
+    known = {n: torch.from_numpy(np.array(adapter.others[n](), np.float32)) for n in heads & set(adapter.others)}
+    return found | {n: known[n] if n in known and known[n].shape == like[n].shape else like[n] for n in sorted(heads)}
 
 
 def _loop(
     backbone: Backbone,
     model: Any,
-    sequences: Sequence[TokenSequence],
+    sequences: Sequence[Any],
     out: Path,
     config: TrainingConfig,
     seed: int,
@@ -217,7 +285,7 @@ def _loop(
     prepared = accelerator.prepare_optimizer(optimizer)
     total = steps_of(len(sequences), config)
     done, spent, tokens = _resume(out, parameters, optimizer)
-    lengths = [len(s.ids) for s in sequences]
+    lengths, headed = [_length(s) for s in sequences], model.get_base_model()
     began = last_saved = time.monotonic()
     loss_value = float("nan")
     with (out / METRICS).open("a", encoding="utf-8") as log:
@@ -227,7 +295,7 @@ def _loop(
             chosen = [sequences[i] for i in indices]
             drawn = derived_seed("positions", seed, step)
             loss_value = batch_loss(
-                backbone, chosen, share=config.loss_positions, seed=drawn, backward=accelerator.backward
+                backbone, chosen, share=config.loss_positions, seed=drawn, backward=accelerator.backward, model=headed
             )
             if not math.isfinite(loss_value):
                 raise LingraftError(

@@ -27,7 +27,7 @@ from lingraft.plan import Step, make_plan
 from lingraft.report.results import results
 from lingraft.runner import Events, pending, run
 from lingraft.store import Store, read_json
-from lingraft.tasks.table import choice_task
+from lingraft.tasks.table import find_task
 
 WORDS = {
     "en": ["river", "mountain", "island", "goal", "match", "team"],
@@ -206,7 +206,7 @@ def test_grafts_open_in_plain_peft_with_the_same_scores(finished: Path, tiny_fol
     experiment = load_experiment(finished / "tiny.yaml")
     found = results(finished / "out")
     backbone = Backbone(locate(experiment.backbone))
-    task = choice_task("kind", experiment.tasks)
+    task = find_task("kind", experiment.tasks)
     examples = task.examples(task.sources("sw", "test", Path(experiment.data_dir or "")))
     grafts = [a["path"] for a in found["adapters"] if a["language"] == "sw"]
     assert len(grafts) == 4

@@ -71,7 +71,7 @@ def test_every_method_has_its_numbers(found: dict[str, Any]) -> None:
         assert {len(cell["by_seed"]) for cell in method["languages"].values()} == {seeds}
         assert set(method["groups"]) == {"first", "both"}
         assert method["groups"]["both"] == method["average"]
-        assert method["groups"]["first"]["accuracy"] == method["languages"]["sw"]["accuracy"]
+        assert method["groups"]["first"]["value"] == method["languages"]["sw"]["value"]
     text = markdown(found)
     assert "average of first" in text and "λ chosen without labels" in text and "Tgt-FT: 1 seed" in text
 
@@ -83,9 +83,9 @@ def test_projected_labels_are_what_the_task_adapter_says_of_the_source_lines(
     labels = read_json(folder_of(finished, step) / "labels.json")
     lines = (finished / "data/en.txt").read_text(encoding="utf-8").split("\n")
     experiment = experiment_in(finished, tiny_folder)
-    from lingraft.tasks.table import choice_task
+    from lingraft.tasks.table import find_task
 
-    items = choice_task("kind", experiment.tasks).of_text(lines)
+    items = find_task("kind", experiment.tasks).of_text(lines)
     said = predict(
         Backbone(locate(experiment.backbone)), Adapter.load(folder_of(finished, step.inputs["adapter"])), items
     )
@@ -211,7 +211,7 @@ def test_tuning_reads_no_target_and_agrees_with_the_run(
         assert curve["chosen"] == chosen["weight"]
         for ours, theirs in zip(curve["points"], chosen["curve"], strict=True):
             assert ours["gold_log_likelihood"] == pytest.approx(theirs["gold_log_likelihood"])
-            assert ours["accuracy"] == pytest.approx(theirs["accuracy"])
+            assert ours["value"] == pytest.approx(theirs["value"])
             assert ours["interval"][0] - 1e-9 <= ours["difference"] <= ours["interval"][1] + 1e-9
     show_tuning(curves, {name: name for name in curves}, Console(width=200))
     assert "Eng-FT" in capsys.readouterr().out

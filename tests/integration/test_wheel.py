@@ -23,7 +23,7 @@ def test_the_wheel_installs_and_works_in_an_empty_environment(tmp_path: Path) ->
     assert "topics" in command(tmp_path / "env/bin/lingraft", "tasks", "--json")
     check = (
         "import lingraft, importlib.util as u; from lingraft import Adapter, transfer;"
-        "from lingraft.tasks.table import choice_task as c; from lingraft.tasks.choice import bundled_or as b;"
+        "from lingraft.tasks.table import find_task as c; from lingraft.tasks.sources import bundled_or as b;"
         "t = c('topics'); print(len(t.examples(t.sources('sw', 'test', b('bundled')))), u.find_spec('torch'))"
     )
     assert command(python, "-c", check).split() == ["105", "None"]

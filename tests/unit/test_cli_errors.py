@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from lingraft import cli
 from lingraft.cli import main
-from lingraft.config import Experiment
+from lingraft.config import TEXT_TASKS, Experiment
 from lingraft.errors import RunFailed, UserError
 from lingraft.methods import METHODS
 from lingraft.tasks.table import TASKS
@@ -289,7 +289,7 @@ def test_a_dry_run_says_what_would_be_trained_and_does_nothing(here: Path):
 
 def test_lists_are_valid_json():
     tasks = json.loads(lingraft("tasks", "--json").stdout)
-    assert [t["name"] for t in tasks] == [*TASKS, "clm"]
+    assert [t["name"] for t in tasks] == [*TASKS, *TEXT_TASKS]
     methods = json.loads(lingraft("methods", "--json").stdout)
     assert [m["name"] for m in methods] == list(METHODS)
     assert set(json.loads(lingraft("schema").stdout)["properties"]) == set(Experiment.model_fields)

@@ -234,7 +234,7 @@ def test_groups_are_averaged_by_themselves(tmp_path: Path):
     found = results(make_run(tmp_path, groups={"one": ["sw"], "two": ["sw", "vi"]}))
     for row in found["methods"].values():
         assert row["groups"]["two"] == row["average"]
-        assert row["groups"]["one"]["accuracy"] == row["languages"]["sw"]["accuracy"]
+        assert row["groups"]["one"]["value"] == row["languages"]["sw"]["value"]
     one, two = average_tables(found)
     assert one[0][1] == "average of one" and two[0][1] == "average of two"
     assert "average of two" in plain(found).replace("\n", " ") and "average of one" in markdown(found)
@@ -254,7 +254,7 @@ def test_a_method_of_fewer_seeds_is_compared_with_eng_ft_of_the_same(tmp_path: P
     # Of seed 0 alone: from 1 + 2 to 2 + 3 of 8; over both seeds Eng-FT has 3 / 8 + 2 / 8.
     assert average["difference"] == pytest.approx(2 / 8)
     assert average["gap_closed"]["value"] == pytest.approx(2 / 5)
-    assert found["methods"]["eng-ft"]["average"]["accuracy"] == pytest.approx((3 / 8 + 2 / 8) / 2)
+    assert found["methods"]["eng-ft"]["average"]["value"] == pytest.approx((3 / 8 + 2 / 8) / 2)
     assert "AdaMergeX: 1 seed, compared with Eng-FT of the same." in notes(found)
 
 

@@ -120,24 +120,24 @@ def test_accuracy_is_the_mean_over_seeds(tmp_path: Path):
     methods = results(make_run(tmp_path))["methods"]
     sw = methods["eng-ft"]["languages"]["sw"]
     assert sw["by_seed"] == [0.25, 0.5]
-    assert sw["accuracy"] == 0.375
-    assert methods["eng-ft"]["languages"]["en"]["accuracy"] == 0.875
-    assert methods["adamergex"]["languages"]["vi"]["accuracy"] == 0.375
+    assert sw["value"] == 0.375
+    assert methods["eng-ft"]["languages"]["en"]["value"] == 0.875
+    assert methods["adamergex"]["languages"]["vi"]["value"] == 0.375
     assert methods["vanilla"]["languages"]["sw"]["by_seed"] == [0.0]
 
 
 def test_macro_f1_and_log_likelihood_are_means_over_seeds(tmp_path: Path):
     sw = results(make_run(tmp_path))["methods"]["eng-ft"]["languages"]["sw"]
     # Gold is always the first class: F1 of 1 right of 4 is 2/5, of 2 right 4/6; the other class has none.
-    assert sw["macro_f1"] == pytest.approx((2 / 5 / 2 + 4 / 6 / 2) / 2)
+    assert sw["also"]["macro_f1"] == pytest.approx((2 / 5 / 2 + 4 / 6 / 2) / 2)
     of_seed = [(n * math.log(0.75) + (4 - n) * math.log(0.25)) / 4 for n in (1, 2)]
-    assert sw["gold_log_likelihood"] == pytest.approx(sum(of_seed) / 2, abs=1e-6)
+    assert sw["also"]["gold_log_likelihood"] == pytest.approx(sum(of_seed) / 2, abs=1e-6)
 
 
 def test_the_average_is_over_targets_without_the_source(tmp_path: Path):
     methods = results(make_run(tmp_path))["methods"]
-    assert methods["eng-ft"]["average"]["accuracy"] == pytest.approx((0.375 + 0.5) / 2)
-    assert methods["adamergex"]["average"]["accuracy"] == pytest.approx((0.625 + 0.375) / 2)
+    assert methods["eng-ft"]["average"]["value"] == pytest.approx((0.375 + 0.5) / 2)
+    assert methods["adamergex"]["average"]["value"] == pytest.approx((0.625 + 0.375) / 2)
 
 
 def test_differences_are_against_eng_ft(tmp_path: Path):
@@ -194,7 +194,7 @@ def test_without_eng_ft_there_is_nothing_to_compare_with(tmp_path: Path):
 def test_languages_with_other_items_are_averaged_but_not_resampled_together(tmp_path: Path):
     found = results(make_run(tmp_path, names={"vi": ["a", "b", "c", "d"]}))
     average = found["methods"]["adamergex"]["average"]
-    assert average["accuracy"] == pytest.approx(0.5)
+    assert average["value"] == pytest.approx(0.5)
     assert average["interval"] is None
     assert "difference" not in average
     assert found["methods"]["adamergex"]["languages"]["vi"]["difference"] == pytest.approx(-0.125)
@@ -388,5 +388,5 @@ def test_a_report_is_written_beside_the_manifest_also_in_a_folder_with_brackets(
     # Again, the same; as JSON, the figures themselves.
     found = show_report(run, as_json=True)
     assert found is not None
-    assert found["methods"]["eng-ft"]["languages"]["sw"]["accuracy"] == 0.375
+    assert found["methods"]["eng-ft"]["languages"]["sw"]["value"] == 0.375
     assert sorted(p.name for p in (run / "adapters").iterdir()) == adapters

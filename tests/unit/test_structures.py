@@ -14,6 +14,7 @@ import torch
 from pydantic import ValidationError
 
 from lingraft.adapter import Adapter
+from lingraft.architectures import kind_of
 from lingraft.backbones import Backbone, peft_config
 from lingraft.batching import text_sequences
 from lingraft.config import AdapterConfig, BackboneConfig, TrainingConfig
@@ -269,7 +270,7 @@ class Stub:
     target_modules = Backbone.target_modules
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self.model, self.kind = model, kind_of(model.config.to_dict())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 
 from lingraft.config import CustomTask, ReferenceConfig, validated
 from lingraft.errors import BackboneError, DataError, LingraftError, UserError
-from lingraft.prompts import fields_of, fill
-from lingraft.tasks.choice import ChoiceTask, bundled_or
+from lingraft.tasks.choice import ChoiceTask
 from lingraft.tasks.items import Example, subset
 from lingraft.tasks.reference import segments, text_path
-from lingraft.tasks.sources import BUNDLED, FileSource, HubSource, hub_commit, read_lines
-from lingraft.tasks.table import TASKS, choice_task
+from lingraft.tasks.sources import BUNDLED, FileSource, HubSource, bundled_or, hub_commit, read_lines
+from lingraft.tasks.table import TASKS, find_task
 
 FILES = {"train": "{language}/train.tsv", "test": "{language}/test.tsv"}
 TSV = "id\ttext\tlabel\n1\tone\ta\n2\ttwo\tb\n"
@@ -34,7 +33,9 @@ def jsonl(path: Path, rows: Iterable[Any]) -> Path:
 
 def task(**changes: Any) -> ChoiceTask:
     tree = {"files": FILES, "prompt": "Q: {text}\nA:", "labels": ["a", "b"], "id_field": "id"} | changes
-    return choice_task("mine", {"mine": validated(CustomTask, tree)})
+    found = find_task("mine", {"mine": validated(CustomTask, tree)})
+    assert isinstance(found, ChoiceTask)
+    return found
 
 
 def values(path: Path) -> list[dict[str, str]]:
@@ -126,23 +127,6 @@ def test_the_digest_of_a_file_is_that_of_its_bytes(tmp_path: Path):
     assert FileSource(write(tmp_path / "a.tsv", TSV + "3\tx\ta\n")).digest() != one
 
 
-# Prompts.
-
-
-def test_braces_in_the_data_mean_nothing():
-    assert fill("{a} {b}", {"a": "{b} {x} {", "b": "{a}"}) == "{b} {x} { {a}"
-
-
-@given(st.dictionaries(st.sampled_from(["a", "b", "c"]), st.text(), min_size=3))
-def test_a_template_is_filled_once(row: dict[str, str]):
-    assert fill("<{a}|{b}|{c}>", row) == f"<{row['a']}|{row['b']}|{row['c']}>"
-
-
-def test_only_names_in_braces_are_fields():
-    assert fields_of('{a} {"b": 1} {c d} {{e}}') == ("a", "e")
-    assert fill('{"x": {a}}', {"a": "1"}) == '{"x": 1}'
-
-
 # Tasks.
 
 
@@ -150,8 +134,8 @@ def test_a_users_task_with_a_list_of_labels(tmp_path: Path):
     write(tmp_path / "sw/test.tsv", TSV)
     mine = task()
     assert mine.examples(mine.sources("sw", "test", tmp_path)) == [
-        Example("1", "Q: one\nA:", (" a", " b"), 0),
-        Example("2", "Q: two\nA:", (" a", " b"), 1),
+        Example("1", "Q: one\nA:", (" a", " b"), 0, references=("a",), parts=("one",)),
+        Example("2", "Q: two\nA:", (" a", " b"), 1, references=("b",), parts=("two",)),
     ]
 
 
@@ -162,6 +146,33 @@ def test_a_users_task_with_labels_mapped_to_answers(tmp_path: Path):
     assert [(e.candidates, e.gold) for e in found] == [((" bad", " good"), 1), ((" bad", " good"), 0)]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "head", "parts"),
+    [
+        ("{text}?", "classification", ("one",)),
+        ("{text} {id} {text}?", "classification", ("one", "1")),
+        ("{text} {id} {more}?", None, ()),
+        ("Which?", None, ()),
+    ],
+)
+def test_an_encoder_reads_the_one_or_two_fields_of_a_users_prompt(
+    tmp_path: Path, prompt: str, head: str | None, parts: tuple[str, ...]
+):
+    write(tmp_path / "sw/test.tsv", "id\ttext\tlabel\tmore\n1\tone\ta\tm\n")
+    mine = task(prompt=prompt)
+    (item,) = mine.examples(mine.sources("sw", "test", tmp_path))
+    assert (mine.head, item.parts) == (head, parts)
+
+
+def test_a_users_task_has_one_wording_and_may_name_the_language(tmp_path: Path):
+    write(tmp_path / "sw/test.tsv", "id\ttext\tlabel\n1\tone\ta\n")
+    mine = task(prompt="In {language_name}: {text}")
+    (item,) = mine.examples(mine.sources("sw", "test", tmp_path), language="sw")
+    assert item.prompt == "In Swahili: one"
+    refused(lambda: mine.examples([], prompt="xlt"), "the task 'mine' has no prompt 'xlt'")
+    assert mine.rule() == {"kind": "label", "marker": None, "labels": {"a": ["a"], "b": ["b"]}}
+
+
 def test_without_an_id_field_the_row_number_is_the_id(tmp_path: Path):
     write(tmp_path / "sw/test.tsv", TSV)
     mine = task(id_field=None)
@@ -170,13 +181,13 @@ def test_without_an_id_field_the_row_number_is_the_id(tmp_path: Path):
 
 def test_a_users_task_goes_before_one_of_the_table(tmp_path: Path):
     own = validated(CustomTask, {"files": FILES, "prompt": "x", "labels": ["a", "b"]})
-    assert choice_task("topics", {"topics": own}).template == "x"
+    assert find_task("topics", {"topics": own}).prompt().template == "x"
 
 
 def test_an_unknown_task_suggests_the_nearest(tmp_path: Path):
     own = validated(CustomTask, {"files": FILES, "prompt": "x", "labels": ["a", "b"]})
-    assert refused(lambda: choice_task("topic"), "unknown task 'topic'").remedy == "did you mean 'topics'?"
-    assert refused(lambda: choice_task("sentimnt", {"sentiment": own}), "unknown").remedy == "did you mean 'sentiment'?"
+    assert refused(lambda: find_task("topic"), "unknown task 'topic'").remedy == "did you mean 'topics'?"
+    assert refused(lambda: find_task("sentimnt", {"sentiment": own}), "unknown").remedy == "did you mean 'sentiment'?"
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../{language}.tsv", "a/../../{language}.tsv"])

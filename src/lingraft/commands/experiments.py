@@ -10,7 +10,8 @@ from rich.console import Console
 from lingraft.commands.watching import Watcher, duration, stderr
 from lingraft.config import Experiment, load_experiment
 from lingraft.digests import digest_bytes
-from lingraft.errors import writing
+from lingraft.errors import UserError, writing
+from lingraft.languages import name_of
 
 SHORT = (
     "training.epochs=1",
@@ -33,6 +34,7 @@ def run_experiment(
     on: str,
     dry_run: bool,
     as_json: bool,
+    device: str = "H100",
 ) -> dict[str, Any] | None:
     """`lingraft run` and `lingraft quickstart`."""
     from lingraft.runner import Events, run
@@ -42,7 +44,7 @@ def run_experiment(
         experiment = experiment.model_copy(update={"data_dir": data_dir})
     out = out or Path("runs") / experiment.name
     if dry_run:
-        return _dry_run(experiment, out, store, as_json)
+        return _dry_run(experiment, out, store, device, as_json)
     _notices(experiment, as_json)
     with Watcher(as_json) as watcher, writing(out):
         outcome = run(
@@ -81,26 +83,34 @@ def tune_experiment(
 
 
 def _notices(experiment: Experiment, quiet: bool) -> None:
-    from lingraft.tasks.table import choice_task
+    from lingraft.tasks.table import find_task
 
-    task = choice_task(experiment.task, experiment.tasks)
-    if task.licence and not quiet:
-        stderr().print(f"data: {task.licence}", style="dim", markup=False, highlight=False)
+    if quiet:
+        return
+    named = [experiment.task, *([experiment.reference.task] if experiment.reference.labelled else [])]
+    for task in (find_task(name, experiment.tasks) for name in dict.fromkeys(named)):
+        if task.licence:
+            stderr().print(f"data: {task.licence}", style="dim", markup=False, highlight=False)
 
 
-def _dry_run(experiment: Experiment, out: Path, store: Path | None, as_json: bool) -> dict[str, Any] | None:
+def _dry_run(
+    experiment: Experiment, out: Path, store: Path | None, device: str, as_json: bool
+) -> dict[str, Any] | None:
     from lingraft.locating import locate
     from lingraft.plan import make_plan
-    from lingraft.report.terminal import lines
+    from lingraft.report.terminal import lines, show_cost
     from lingraft.runner import estimates, pending
     from lingraft.store import Store
+    from lingraft.tasks.sources import without_the_hub
 
-    plan = make_plan(experiment, locate(experiment.backbone))
+    with without_the_hub() as unresolved:
+        located = locate(experiment.backbone)
+        plan = make_plan(experiment, located)
     shelf = Store(store or out.parent / "store")
-    found = estimates(plan, shelf)
+    found = estimates(plan, shelf, located, device)
     waiting = [{"kind": s.kind, "key": s.key, "label": s.label} for s in pending(plan, shelf)]
     if as_json:
-        return {**found, "pending": waiting}
+        return {**found, "pending": waiting, "absent": plan.absent, "unresolved": sorted(set(unresolved))}
     console = Console()
     trainings = [w["label"] for w in waiting if w["kind"] == "train"]
     if trainings:
@@ -109,12 +119,22 @@ def _dry_run(experiment: Experiment, out: Path, store: Path | None, as_json: boo
             console.print(f"  {label}", markup=False, highlight=False)
     rows = [[kind, str(n["pending"]), str(n["finished"])] for kind, n in found["steps"].items()]
     lines(["steps", "to do", "finished"], rows, console)
-    console.print("time: " + duration(found["seconds"]), highlight=False)
+    for name, code, reason in plan.absent:
+        console.print(f"no data: {name}, {name_of(code)}: {reason}", markup=False, highlight=False)
+    console.print("time here: " + duration(found["seconds"]), highlight=False)
+    if found["cost"]:
+        show_cost(found["cost"], console)
+    if unresolved:
+        console.print(
+            "the hub does not answer: commits were not looked up, and finished steps on its models or data are not recognised",
+            style="dim",
+        )
     return None
 
 
-def show_report(run_dir: Path, as_json: bool, fresh: bool = True) -> dict[str, Any] | None:
+def show_report(run_dir: Path, as_json: bool, fresh: bool = True, beside: str | None = None) -> dict[str, Any] | None:
     """`lingraft report`: prints the results and writes them beside the manifest."""
+    from lingraft.report import paper
     from lingraft.report.results import results
     from lingraft.report.tables import csv_text, markdown
     from lingraft.report.terminal import show
@@ -127,15 +147,22 @@ def show_report(run_dir: Path, as_json: bool, fresh: bool = True) -> dict[str, A
         stderr().print(f"results: lingraft report {run_dir}", markup=False, highlight=False)
         return None
     found = results(run_dir)
+    published = paper.beside(found) if beside else None
+    if published and not published[1]:
+        raise UserError(
+            "the paper has no figure for this task, backbone and structure",
+            where=run_dir,
+            remedy="leave --beside out; recipes/adamergex lists what the paper has",
+        )
     with writing(run_dir):
         write_json(run_dir / "results.json", found)
-        (run_dir / "report.md").write_text(markdown(found), encoding="utf-8")
+        (run_dir / "report.md").write_text(markdown(found, published), encoding="utf-8")
         (run_dir / "results.csv").write_text(csv_text(found), encoding="utf-8")
         _collect_adapters(found, run_dir / "adapters")
         drawn = _draw(found, run_dir)
     if as_json:
         return found
-    show(found, Console())
+    show(found, Console(), published)
     names = ["report.md", "results.csv", "results.json", *drawn]
     stderr().print(f"\nwritten to {run_dir}: {', '.join(names)}", markup=False, highlight=False)
     if found["adapters"]:

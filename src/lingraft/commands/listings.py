@@ -1,32 +1,58 @@
 """`lingraft tasks` and `methods`."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from lingraft.tasks.task import Task
 
 
 def list_tasks(as_json: bool) -> list[dict[str, Any]] | None:
     """`lingraft tasks`."""
+    from lingraft.config import TEXT_TASKS
     from lingraft.report.terminal import lines
     from lingraft.tasks.table import TASKS
 
-    rows = [
-        {"name": t.name, "labels": list(t.answers.values()), "splits": list(t.layouts), "licence": t.licence}
-        for t in TASKS.values()
-    ]
-    rows.append(
-        {
-            "name": "clm",
-            "labels": [],
-            "splits": ["text"],
-            "licence": "reference task: language modelling on plain text",
-        }
-    )
+    tasks = [_described(task) for task in TASKS.values()]
+    texts = [{"name": name, "kind": "text", "splits": ["text"], "says": says} for name, says in TEXT_TASKS.items()]
     if as_json:
-        return rows
-    table = [[r["name"], ", ".join(r["labels"]) or "–", ", ".join(r["splits"]), r["licence"] or ""] for r in rows]
-    lines(["task", "answers", "splits", "licence"], table, Console())
+        return [*tasks, *texts]
+    rows = [[t["name"], _answers(t), _data(t), " ".join(t["prompts"])] for t in tasks]
+    rows += [[t["name"], t["says"], "plain text: a reference task", ""] for t in texts]
+    lines(["task", "answers: figure", "languages, licence", "prompts"], rows, Console())
     return None
+
+
+def _described(task: "Task") -> dict[str, Any]:
+    splits = [split for split in ("train", "validation", "test") if task.layouts.get(split)]
+    return {
+        "name": task.name,
+        "kind": task.kind,
+        "labels": list(task.answers.values()),
+        "metric": task.metric,
+        "languages": list(task.languages) or None,
+        "splits": splits,
+        "train_languages": task.languages_of("train"),
+        "sample": dict(task.sample),
+        "prompts": list(task.prompts),
+        "head": task.head,
+        "hub": list(dict.fromkeys(hub.repository for hub in task.hubs)),
+        "licence": task.licence,
+        "note": task.note,
+    }
+
+
+def _answers(task: dict[str, Any]) -> str:
+    said = {"extraction": "part of the context", "number": "a number", "summary": "a sentence"}
+    return f"{', '.join(task['labels']) or said[task['kind']]}: {task['metric'].replace('_', ' ')}"
+
+
+def _data(task: dict[str, Any]) -> str:
+    languages = " ".join(task["languages"] or ["any"])
+    if "train" in task["splits"] and task["train_languages"] not in (None, task["languages"]):
+        languages += f"; trained on {' '.join(task['train_languages'])}"
+    return f"{languages}\n{task['licence'] or ''}"
 
 
 def list_methods(as_json: bool) -> list[dict[str, Any]] | None:

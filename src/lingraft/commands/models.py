@@ -9,6 +9,7 @@ from rich.console import Console
 
 from lingraft.commands.watching import Watcher, stderr
 from lingraft.config import (
+    TEXT_TASKS,
     AdapterConfig,
     BackboneConfig,
     Config,
@@ -54,42 +55,44 @@ def _groups(overrides: Sequence[str], groups: dict[str, type[Config]]) -> dict[s
 def _backbone(options: dict[str, Any]) -> Any:
     from lingraft.locating import locate
 
-    names = ("model", "revision", "dtype", "device", "trust_remote_code")
+    names = ("model", "revision", "dtype", "device", "trust_remote_code", "quantization")
     return locate(validated(BackboneConfig, {k: options[k] for k in names}))
 
 
 def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options: Any) -> dict[str, Any] | None:
     """`lingraft train`."""
-    from lingraft.digests import digest_file
     from lingraft.store import appearing, write_json
-    from lingraft.tasks.choice import bundled_or
-    from lingraft.tasks.reference import reference_path, segments
-    from lingraft.tasks.sources import read_lines
-    from lingraft.tasks.table import choice_task
+    from lingraft.tasks.items import subset
+    from lingraft.tasks.reference import reference_text
+    from lingraft.tasks.sources import bundled_or
+    from lingraft.tasks.table import find_task
 
     overrides = [f"adapter.family={options['adapter']}", *overrides]
     groups = _groups(overrides, {"adapter": AdapterConfig, "training": TrainingConfig, "reference": ReferenceConfig})
     adapter, values = groups["adapter"], groups["training"]
     data_dir, language = bundled_or(options["data_dir"]), options["language"]
-    plain_text = options["task"] == "clm"
+    plain_text, head = options["task"] in TEXT_TASKS, None
     if plain_text:
         if options["text"] is None or data_dir is None:
             raise UserError(
-                "clm needs --data-dir and --text",
+                f"{options['task']} needs --data-dir and --text",
                 remedy="for example --data-dir bundled --text udhr/{language}.txt",
             )
-        reference = validated(ReferenceConfig, {**groups["reference"], "text": options["text"]})
-        path = reference_path(reference, language, data_dir)
-        what: dict[str, Any] = {"reference": reference.key("text", "data_dir"), "text": digest_file(path)}
+        tree = {**groups["reference"], "task": options["task"], "text": options["text"]}
+        reference = validated(ReferenceConfig, tree)
+        text = reference_text(reference, language, data_dir)
+        what: dict[str, Any] = {"reference": reference.key("text", "data_dir"), "text": text.digest()}
     else:
-        task = choice_task(options["task"], _own_tasks(options["tasks_file"]))
+        task = find_task(options["task"], _own_tasks(options["tasks_file"]))
         sources = task.sources(language, "train", data_dir)
-        what = {"task": task.spec(), "rows": [s.digest() for s in sources]}
+        what = {"task": task.spec(options["prompt"]), "rows": [s.digest() for s in sources]}
     located = _backbone(options)
     from lingraft.backbones import Backbone, training_stack
 
     training_stack()
-    from lingraft import batching, training
+    from lingraft import reading, training
+    from lingraft.heads import Head
+    from lingraft.serving import served_head
 
     record = {
         "kind": "train",
@@ -103,11 +106,14 @@ def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options:
     }
     with appearing(out, record) as work, Watcher(as_json) as watcher:
         backbone = Backbone(located)
+        counts: dict[str, Any] = {}
         if plain_text:
-            pieces = segments(read_lines(path), backbone.encode, reference, backbone.prefix)
-            sequences = batching.text_sequences(pieces)
+            sequences = reading.of_text(backbone, text.lines(), reference)
         else:
-            sequences = batching.answer_sequences(backbone, task.examples(sources), values.max_length)
+            if backbone.kind == "encoder":
+                head = Head(**served_head(task))
+            items = subset(task.examples(sources, language=language, prompt=options["prompt"]), values.limit)
+            sequences, counts = reading.of_items(backbone, items, values, head)
         watcher.begin(f"train {options['task']} {language}")
         summary = training.train(
             backbone,
@@ -119,7 +125,9 @@ def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options:
             start_from=options["start_from"],
             provenance={k: v for k, v in record.items() if k in ("language", "training")} | {"task": options["task"]},
             progress=lambda done, total, loss: watcher.progress(done, total, f"loss {loss:.3f}"),
+            head=head,
         )
+        summary |= counts
         write_json(work / "extra.json", summary)
     if as_json:
         return {"out": str(out), **summary}
@@ -134,52 +142,73 @@ def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options:
 def evaluate_model(out: Path, as_json: bool, **options: Any) -> dict[str, Any] | None:
     """`lingraft evaluate`."""
     from lingraft.adapter import Adapter, content_digest
-    from lingraft.report.tables import percent
     from lingraft.store import appearing
-    from lingraft.tasks.choice import bundled_or
     from lingraft.tasks.items import subset
-    from lingraft.tasks.table import choice_task
+    from lingraft.tasks.sources import bundled_or
+    from lingraft.tasks.table import find_task
 
-    task = choice_task(options["task"], _own_tasks(options["tasks_file"]))
-    sources = task.sources(options["language"], options["split"], bundled_or(options["data_dir"]))
-    examples = subset(task.examples(sources), options["limit"])
+    task, prompt, split = (
+        find_task(options["task"], _own_tasks(options["tasks_file"])),
+        options["prompt"],
+        options["split"],
+    )
+    sources = task.sources(options["language"], split, bundled_or(options["data_dir"]))
+    limit = options["limit"] or task.sample.get(split)
+    examples = subset(task.examples(sources, language=options["language"], prompt=prompt), limit)
     adapter = Adapter.load(options["adapter"]) if options["adapter"] else None
     located = _backbone(options)
     from lingraft.backbones import Backbone, training_stack
 
     training_stack()
-    from lingraft.evaluation import predict
-    from lingraft.predictions import write_evaluation
+    from lingraft.evaluation import Asking, ask
+    from lingraft.predictions import write_answers
 
+    wording = task.prompt(prompt)
+    scoring = "generation" if task.kind != "choice" or wording.generate else options["scoring"]
     record = {
         "kind": "evaluate",
-        "task": task.spec(),
+        "task": task.spec(prompt),
         "rows": [s.digest() for s in sources],
         "language": options["language"],
-        "split": options["split"],
-        "limit": options["limit"],
-        "scoring": options["scoring"],
+        "split": split,
+        "limit": limit,
+        "scoring": scoring,
         "backbone": located.digest,
         "adapter": content_digest(options["adapter"]) if options["adapter"] else None,
     }
     with appearing(out, record) as work, Watcher(as_json) as watcher:
         watcher.begin(f"evaluate {task.name} {options['language']}")
-        predictions = predict(
+        said = ask(
             Backbone(located),
             adapter,
             examples,
-            scoring=options["scoring"],
+            Asking(
+                scoring=scoring,
+                normalised=options["normalised"],
+                new_tokens=wording.new_tokens,
+                stop=wording.stop,
+                max_length=options["max_length"],
+            ),
             progress=lambda done, total: watcher.progress(done, total, ""),
         )
-        scores = write_evaluation(work, predictions, list(task.answers))
+        scores = write_answers(work, said, task.rule(prompt), options["language"], list(task.answers))
     if as_json:
         return {"out": str(out), **scores}
-    low, high = scores["accuracy"]["interval"]
-    Console().print(
-        f"accuracy {percent(scores['accuracy']['value'])} [{percent(low)}, {percent(high)}], "
-        f"macro-F1 {percent(scores['macro_f1']['value'])}, gold log-likelihood {scores['gold_log_likelihood']['value']:.4f}, "
-        f"{scores['items']} items",
-        markup=False,
-        highlight=False,
-    )
+    Console().print(_figures(scores), markup=False, highlight=False)
     return None
+
+
+def _figures(scores: dict[str, Any]) -> str:
+    """A line of all figures: shares in percent, with their intervals."""
+    from lingraft.report.tables import ALSO, METRICS, percent
+
+    said: list[str] = []
+    for name, title in (METRICS | ALSO).items():
+        if name not in scores or (name == "truncated" and not scores[name]["value"]):
+            continue
+        low, high = scores[name].get("interval") or (None, None)
+        bounds = "" if low is None else f" [{percent(low)}, {percent(high)}]"
+        said.append(f"{title} {percent(scores[name]['value'])}{bounds}")
+    if "gold_log_likelihood" in scores:
+        said.append(f"gold log-likelihood {scores['gold_log_likelihood']['value']:.4f}")
+    return ", ".join([*said, f"{scores['items']} items"])

@@ -11,7 +11,7 @@ import numpy as np
 from lingraft.digests import digest_bytes
 from lingraft.errors import UserError
 from lingraft.methods import method
-from lingraft.predictions import read_predictions, read_scores
+from lingraft.predictions import item_values, read_scores
 from lingraft.significance import mean_interval, paired_test, statistic_interval
 from lingraft.store import read_json
 
@@ -28,9 +28,9 @@ def results(run: Path) -> dict[str, Any]:
         run: The run's folder, which holds `manifest.json`.
 
     Returns:
-        `languages`, `methods` (per method: per language, `average` over all targets and over each of the `groups`, with
-        accuracy, macro-F1, gold log-likelihood, difference to Eng-FT with interval and p, gap closed), `selections` (per
-        method, for all targets or per target), `references`, `absent`, and the experiment.
+        `metric`, what a `value` is; `languages`, `methods` (per method: per language, `average` over all targets that have data and
+        over each of the `groups`, with `value`, difference to Eng-FT with interval and p, gap closed, and below `also` every
+        other figure), `selections` (per method, for all targets or per target), `references`, `absent`, and the experiment.
 
     Raises:
         UserError: This is not a run, or it is not finished.
@@ -51,18 +51,22 @@ def results(run: Path) -> dict[str, Any]:
     cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for cell in manifest["cells"]:
         cells.setdefault((cell["method"], cell["language"]), []).append(cell)
-    right = {key: _right(store, group) for key, group in cells.items()}
+    metric = manifest.get("metric", "accuracy")
+    right = {key: _right(store, group, metric) for key, group in cells.items()}
     names = list(dict.fromkeys(name for name, _ in cells))
-    table = {name: _method(name, experiment, cells, right, store) for name in names}
+    experiment = _with_data(experiment, {language for _, language in cells})
+    table = {name: _method(name, metric, experiment, cells, right, store) for name in names}
     return {
         "manifest": digest_bytes(path),
         "name": experiment["name"],
-        "experiment": experiment,
+        "metric": metric,
+        "experiment": manifest["experiment"],
         "backbone": manifest["backbone"],
         "source": experiment["source"],
-        "targets": experiment["targets"],
+        "targets": manifest["experiment"]["targets"],
         "seeds": experiment["seeds"],
-        "items": {language: len(right[m, language].ids) for (m, language) in right},
+        "items": {language: max(len(r.ids) for (_, c), r in right.items() if c == language) for (_, language) in right},
+        "samples": _samples(right),
         "chance_and_size_warning": experiment.get("note"),
         "methods": table,
         "selections": _selections(manifest["selections"], store),
@@ -71,6 +75,26 @@ def results(run: Path) -> dict[str, Any]:
         ],
         "absent": manifest["absent"],
         "adapters": _adapters(manifest, store),
+    }
+
+
+def _samples(right: "Answered") -> dict[str, dict[str, int]]:
+    """The methods that were asked on fewer items than others: by method and language, on how many."""
+    most = {language: max(len(r.ids) for (_, c), r in right.items() if c == language) for (_, language) in right}
+    found: dict[str, dict[str, int]] = {}
+    for (name, language), answers in right.items():
+        if len(answers.ids) < most[language]:
+            found.setdefault(name, {})[language] = len(answers.ids)
+    return found
+
+
+def _with_data(experiment: dict[str, Any], languages: set[str]) -> dict[str, Any]:
+    """The experiment less the targets for which there are no data at all: nothing is averaged over them."""
+    groups = experiment.get("groups") or {}
+    return {
+        **experiment,
+        "targets": [code for code in experiment["targets"] if code in languages],
+        "groups": {group: [code for code in codes if code in languages] for group, codes in groups.items()},
     }
 
 
@@ -103,14 +127,14 @@ def _selections(entries: Sequence[dict[str, Any]], store: Path) -> dict[str, Any
 
 @dataclass(frozen=True)
 class _Answers:
-    """Which items a method answered rightly in a language: items × seeds."""
+    """What a method's answers in a language are worth, from 0 to 1: items × seeds."""
 
     ids: list[str]
     seeds: list[int]
     right: Array
 
     def mean(self, seeds: Sequence[int] | None = None) -> Array:
-        """The share of seeds that answered each item rightly: of all seeds, or of those given that are here."""
+        """Every item's mean over seeds: all of them, or those given that are here."""
         chosen = [n for n, seed in enumerate(self.seeds) if seeds is None or seed in seeds]
         return self.right[:, chosen or slice(None)].mean(axis=1)
 
@@ -119,18 +143,19 @@ Answered = dict[tuple[str, str], _Answers]
 """By method and language."""
 
 
-def _right(store: Path, group: Sequence[dict[str, Any]]) -> _Answers:
+def _right(store: Path, group: Sequence[dict[str, Any]], metric: str) -> _Answers:
     ids: list[str] = []
     columns: list[list[float]] = []
     for cell in group:
-        predictions = sorted(read_predictions(store / cell["predict"]), key=lambda p: p.id)
-        ids = [p.id for p in predictions]
-        columns.append([float(p.answer == p.gold) for p in predictions])
+        values = item_values(store / cell["predict"], store / cell["score"], metric)
+        ids = sorted(values)
+        columns.append([values[name] for name in ids])
     return _Answers(ids, [cell["seed"] for cell in group], np.array(columns).T)
 
 
 def _method(
     name: str,
+    metric: str,
     experiment: dict[str, Any],
     cells: dict[tuple[str, str], list[dict[str, Any]]],
     right: Answered,
@@ -141,13 +166,12 @@ def _method(
         if (name, language) not in cells:
             continue
         scores = [read_scores(store / cell["score"]) for cell in cells[name, language]]
-        values = [s["accuracy"]["value"] for s in scores]
+        values = [s[metric]["value"] for s in scores]
         languages[language] = {
-            "accuracy": float(np.mean(values)),
+            "value": float(np.mean(values)),
             "interval": list(mean_interval(right[name, language].mean())),
             "by_seed": values,
-            "macro_f1": float(np.mean([s["macro_f1"]["value"] for s in scores])),
-            "gold_log_likelihood": float(np.mean([s["gold_log_likelihood"]["value"] for s in scores])),
+            "also": _also(scores, metric),
             **_against_baseline(name, [language], right),
         }
     row = method(name)
@@ -162,6 +186,12 @@ def _method(
     }
 
 
+def _also(scores: Sequence[dict[str, Any]], metric: str) -> dict[str, float]:
+    """Every figure beside the metric, means over seeds."""
+    names = [n for n, figure in scores[0].items() if isinstance(figure, dict) and n != metric]
+    return {n: float(np.mean([s[n]["value"] for s in scores])) for n in names if all(n in s for s in scores)}
+
+
 def _together(
     name: str,
     targets: Sequence[str],
@@ -169,10 +199,10 @@ def _together(
     right: Answered,
 ) -> dict[str, Any] | None:
     """A method's figures over several languages; None where it has none in one of them."""
-    if any((name, target) not in right for target in targets):
+    if not targets or any((name, target) not in right for target in targets):
         return None
     return {
-        "accuracy": float(np.mean([languages[t]["accuracy"] for t in targets])),
+        "value": float(np.mean([languages[t]["value"] for t in targets])),
         "interval": _average_interval(name, targets, right),
         **_against_baseline(name, targets, right),
     }
@@ -181,11 +211,19 @@ def _together(
 def _aligned(
     parts: Sequence[tuple[str, Sequence[int] | None]], languages: Sequence[str], right: Answered
 ) -> Array | None:
-    """Items × (part × language), a part being a method and the seeds to take; None where languages hold other items."""
+    """Items × (part × language), a part being a method and the seeds to take; None where languages hold other items.
+
+    A method that was asked on a sample of the items is compared on the sample.
+    """
     found = [(right[name, language], seeds) for name, seeds in parts for language in languages]
-    if any(answers.ids != found[0][0].ids for answers, _ in found[1:]):
-        return None
-    return np.stack([answers.mean(seeds) for answers, seeds in found], axis=1)
+    fewest = min((answers.ids for answers, _ in found), key=len)
+    columns: list[Array] = []
+    for answers, seeds in found:
+        place = {name: n for n, name in enumerate(answers.ids)}
+        if not place.keys() >= set(fewest):
+            return None
+        columns.append(answers.mean(seeds)[[place[name] for name in fewest]])
+    return np.stack(columns, axis=1)
 
 
 def _average_interval(name: str, languages: Sequence[str], right: Answered) -> list[float] | None:

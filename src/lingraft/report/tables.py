@@ -7,6 +7,15 @@ from typing import Any
 from lingraft.languages import name_of
 
 NO_DATA = "no data"
+METRICS = {"accuracy": "accuracy", "exact_match": "exact match", "rouge_l": "ROUGE-L"}
+"""What a task is measured by, and its name in texts."""
+ALSO = {
+    "macro_f1": "macro-F1",
+    "f1": "F1",
+    "unparsable": "unparsable",
+    "truncated": "prompts cut",
+}
+"""Figures shown beside the metric, as shares, where a run has them."""
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -25,9 +34,9 @@ def _with_interval(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return NO_DATA
     if not cell.get("interval"):
-        return percent(cell["accuracy"])
+        return percent(cell["value"])
     low, high = cell["interval"]
-    return f"{percent(cell['accuracy'])} [{percent(low)}, {percent(high)}]"
+    return f"{percent(cell['value'])} [{percent(low)}, {percent(high)}]"
 
 
 def _difference(cell: dict[str, Any] | None) -> str:
@@ -50,7 +59,7 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def language_table(found: dict[str, Any]) -> Table:
-    """Methods × languages: accuracy in percent with its 95 % interval; the source language first."""
+    """Methods × languages: the metric in percent with its 95 % interval; the source language first."""
     languages = [found["source"], *found["targets"]]
     rows: list[list[str]] = []
     for method in found["methods"].values():
@@ -60,6 +69,20 @@ def language_table(found: dict[str, Any]) -> Table:
         ]
         rows.append([method["title"], *cells])
     return ["method", *map(name_of, languages)], rows
+
+
+def also_tables(found: dict[str, Any]) -> list[tuple[str, Table]]:
+    """Methods × languages for every figure beside the metric that differs from zero somewhere, with its name."""
+    languages = [found["source"], *found["targets"]]
+    made: list[tuple[str, Table]] = []
+    for name, title in ALSO.items():
+        rows = [
+            [method["title"], *(percent(method["languages"].get(c, {}).get("also", {}).get(name)) for c in languages)]
+            for method in found["methods"].values()
+        ]
+        if any(cell not in ("–", "0.0") for row in rows for cell in row[1:]):
+            made.append((title, (["method", *map(name_of, languages)], rows)))
+    return made
 
 
 def average_table(found: dict[str, Any], group: str | None = None) -> Table:
@@ -91,7 +114,7 @@ def difference_table(found: dict[str, Any]) -> Table:
 
 def curve_table(found: dict[str, Any]) -> Table:
     """The λ curve of every method tuned on labels of the development languages; the chosen point is marked."""
-    header = ["method", "λ", "gold log-likelihood", "accuracy", ""]
+    header = ["method", "λ", "gold log-likelihood", METRICS[found["metric"]], ""]
     rows = []
     for name, selection in labelled(found).items():
         title = found["methods"][name]["title"]
@@ -102,7 +125,7 @@ def curve_table(found: dict[str, Any]) -> Table:
             figures = [
                 f"{point['weight']:g}",
                 f"{point['gold_log_likelihood']:.4f}",
-                percent(point["accuracy"]),
+                percent(point.get("accuracy")),
             ]
             rows.append([title, *figures, mark])
     return header, rows
@@ -141,23 +164,24 @@ def reference_table(found: dict[str, Any]) -> Table:
 
 def notes(found: dict[str, Any]) -> list[str]:
     """What a reader must know to read the tables rightly."""
-    seeds = len(found["seeds"])
+    seeds, metric = len(found["seeds"]), METRICS[found["metric"]]
     said = [
-        f"Accuracy in percent, {seeds} seed{'s' if seeds > 1 else ''}; 95 % bootstrap intervals over items"
+        f"{metric[0].upper()}{metric[1:]} in percent, {seeds} seed{'s' if seeds > 1 else ''}; 95 % bootstrap intervals over items"
         + (" (one seed: they do not cover how much trainings differ)." if seeds == 1 else " of the seeds' mean."),
     ]
     if labelled(found):
         chosen = any(selection["curve"] for selection in labelled(found).values())
         development = found["experiment"]["development"] if chosen else []
         where = " and ".join(", ".join(name_of(c) for c in development).rsplit(", ", 1))
-        said.append(
-            f"λ was chosen on {where} only, and frozen before the test languages were scored."
-            if where
-            else "λ was given."
-        )
+        said.append(_chosen_on(found, development, where) if where else "λ was given.")
     if len(labelled(found)) < len(found["selections"]):
         said.append(
             "Where a method's name says by what, its λ was chosen for each target by itself, without a label in any."
+        )
+    for name, counts in found.get("samples", {}).items():
+        few, most = sorted({min(counts.values()), max(counts.values())}), max(found["items"].values())
+        said.append(
+            f"{found['methods'][name]['title']}: a sample of {' to '.join(map(str, few))} of {most} items, compared on the same."
         )
     fewer = found["experiment"].get("seeds_of") or {}
     said += [
@@ -171,8 +195,16 @@ def notes(found: dict[str, Any]) -> list[str]:
     return said
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """The whole report as Markdown."""
+def _chosen_on(found: dict[str, Any], development: list[str], where: str) -> str:
+    """On which languages λ was chosen; the paper's protocol reports them too, and that is said."""
+    tested = [name_of(code) for code in development if code in found["targets"]]
+    if tested:
+        return f"λ was chosen on validation items in {where}; {', '.join(tested)} is also a target, so not held out."
+    return f"λ was chosen on {where} only, and frozen before the test languages were scored."
+
+
+def markdown(found: dict[str, Any], published: Table | None = None) -> str:
+    """The whole report as Markdown; with a paper's figures beside ours, where they are given."""
     parts = [f"# {found['name']}", ""]
     parts += [
         f"Task `{found['experiment']['task']}`, backbone `{found['backbone']['name']}`, source {name_of(found['source'])}.",
@@ -182,6 +214,10 @@ def markdown(found: dict[str, Any]) -> str:
     for table in average_tables(found):
         parts += [*_markdown_table(*table), ""]
     parts += [*(f"- {note}" for note in notes(found)), ""]
+    if published:
+        parts += ["## Beside the paper", "", *_markdown_table(*published), ""]
+    for title, table in also_tables(found):
+        parts += [f"## {title[0].upper()}{title[1:]}", "", *_markdown_table(*table), ""]
     differences, weights = difference_table(found), weight_table(found)
     if len(found["targets"]) > 1 and differences[1]:
         parts += ["## Language by language", "", *_markdown_table(*differences), ""]
@@ -207,7 +243,7 @@ def csv_text(found: dict[str, Any]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
-        ["method", "language", "accuracy", "low", "high", "macro_f1", "gold_log_likelihood", "difference", "difference_low",
+        ["method", "language", found["metric"], "low", "high", "macro_f1", "gold_log_likelihood", "difference", "difference_low",
          "difference_high", "p", "gap_closed"]
     )  # fmt: skip
     for name, method in found["methods"].items():
@@ -222,7 +258,8 @@ def csv_text(found: dict[str, Any]) -> str:
 def _csv_figures(cell: dict[str, Any]) -> list[Any]:
     low, high = cell.get("interval") or ("", "")
     dlow, dhigh = cell.get("difference_interval") or ("", "")
-    figures = [cell["accuracy"], low, high, cell.get("macro_f1", ""), cell.get("gold_log_likelihood", "")]
+    also = cell.get("also", {})
+    figures = [cell["value"], low, high, also.get("macro_f1", ""), also.get("gold_log_likelihood", "")]
     return [
         *figures,
         cell.get("difference", ""),

@@ -9,6 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lingraft.report.tables import (
+    METRICS,
+    also_tables,
     average_tables,
     labelled,
     language_table,
@@ -17,25 +19,33 @@ from lingraft.report.tables import (
     reference_table,
     weight_table,
 )
+from lingraft.report.tables import Table as Figures
 from lingraft.report.tuning import tuning_table
 
 
-def show(found: dict[str, Any], console: Console) -> None:
-    """Prints accuracies, the averages against Eng-FT, the λ curves and the references' likeness."""
+def show(found: dict[str, Any], console: Console, published: Figures | None = None) -> None:
+    """Prints the metric, the averages against Eng-FT, the λ curves and the references' likeness."""
     header, rows = language_table(found)
     # An interval goes below its figure, and is left out where the terminal is too narrow for it.
     if console.width < 24 + 14 * (len(header) - 1):
         rows = [[cell.split(" [")[0] for cell in row] for row in rows]
-    _table(f"{found['name']}: accuracy, percent", header, rows, console)
+    _table(f"{found['name']}: {METRICS[found['metric']]}, percent", header, rows, console)
+    for title, table in also_tables(found):
+        _table(f"\n{title}, percent", *table, console)
     for table in average_tables(found):
         _table("\nLanguages together", *table, console)
+    if published:
+        _table("\nBeside the paper", *published, console)
     for note in notes(found):
         console.print(Text(f"· {note}"), style="dim")
     weights = weight_table(found)
     if weights[1]:
         _table("\nλ without labels", *weights, console)
     if labelled(found):
-        console.print(Text("\nλ on the development languages (gold log-likelihood, accuracy)"), style="bold")
+        console.print(
+            Text("\nλ on the development languages (gold log-likelihood, accuracy where answers were compared)"),
+            style="bold",
+        )
         _curves(found, console)
     if found["references"]:
         _table("\nLikeness of the reference updates", *reference_table(found), console)
@@ -58,6 +68,31 @@ def show_tuning(found: dict[str, Any], titles: dict[str, str], console: Console)
     _table("Development languages: gold log-likelihood, nats; differences with 95 % intervals", header, rows, console)
 
 
+def show_cost(found: dict[str, Any], console: Console) -> None:
+    """Prints what the steps to do would take on a GPU."""
+    rows = [
+        [kind, str(row["count"]), _amount(row["tokens"]), _amount(row["written"]), f"{row['gpu_hours']:.1f}"]
+        for kind, row in found["steps"].items()
+    ]
+    lines(["to do", "steps", "tokens read", "tokens written", "GPU hours"], rows, console)
+    console.print(
+        f"on one {found['device']}, estimated: {found['gpu_hours']:.1f} GPU hours, {found['memory'] / 2**30:.1f} GiB of memory",
+        highlight=False,
+    )
+    if found["unknown"]:
+        console.print(
+            f"not reckoned, their data are not known: {', '.join(found['unknown'])}", style="dim", markup=False
+        )
+
+
+def _amount(number: float) -> str:
+    """A number of tokens, short."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{letter}"
+    return f"{number:.0f}"
+
+
 def _curves(found: dict[str, Any], console: Console) -> None:
     for name, selection in labelled(found).items():
         console.print(Text(f"  {found['methods'][name]['title']}"))
@@ -70,7 +105,7 @@ def _curves(found: dict[str, Any], console: Console) -> None:
             share = (point["gold_log_likelihood"] - low) / (high - low) if high > low else 1.0
             bar = "█" * (1 + round(23 * share))
             mark = "  ← chosen" if point["weight"] == selection["weight"] else ""
-            figures = f"{point['gold_log_likelihood']:8.4f} {percent(point['accuracy']):>6}"
+            figures = f"{point['gold_log_likelihood']:8.4f} {percent(point.get('accuracy')):>6}"
             console.print(Text(f"    {point['weight']:>5g} {figures}  {bar}{mark}"))
 
 

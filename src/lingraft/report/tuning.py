@@ -6,7 +6,7 @@ import numpy as np
 
 from lingraft.languages import name_of
 from lingraft.plan import Plan, Step
-from lingraft.predictions import read_predictions
+from lingraft.predictions import read_generated, read_predictions
 from lingraft.report.tables import Table, percent
 from lingraft.significance import mean_interval
 from lingraft.store import Store
@@ -45,11 +45,17 @@ def _scored(select: Step, weight: str, store: Store) -> Scored:
         here, language, split, _ = role.split("/")
         if here != weight:
             continue
-        predict = score.inputs["predict"]
-        for p in read_predictions(store.path(predict.kind, predict.key)):
-            values = (p.gold_log_likelihood, float(p.answer == p.gold))
-            lists.setdefault(language, {}).setdefault(f"{split}/{p.id}", []).append(values)
+        for item, values in _items(score.inputs["predict"], store):
+            lists.setdefault(language, {}).setdefault(f"{split}/{item}", []).append(values)
     return {code: {item: _mean(values) for item, values in items.items()} for code, items in lists.items()}
+
+
+def _items(predict: Step, store: Store) -> list[tuple[str, tuple[float, float]]]:
+    """Every item's log-likelihood of the right answer and rightness; of free answers, which are not written here, NaN."""
+    folder = store.path(predict.kind, predict.key)
+    if predict.config["scoring"] == "gold":
+        return [(g.id, (g.gold_log_likelihood or 0.0, float("nan"))) for g in read_generated(folder)]
+    return [(p.id, (p.gold_log_likelihood, float(p.answer == p.gold))) for p in read_predictions(folder)]
 
 
 def _mean(values: list[tuple[float, float]]) -> tuple[float, float]:
@@ -67,10 +73,10 @@ def _point(values: Scored, baseline: Scored) -> dict[str, Any]:
     else:
         bounds = mean_interval(np.concatenate(list(differences.values())))
     means = {
-        m: float(np.mean([f[m] for f in by_language.values()]))
+        m: float(np.mean([np.nan if f[m] is None else f[m] for f in by_language.values()]))
         for m in ("gold_log_likelihood", "accuracy", "difference")
     }
-    return {**means, "interval": list(bounds), "by_language": by_language}
+    return {**means, "accuracy": _known(means["accuracy"]), "interval": list(bounds), "by_language": by_language}
 
 
 def _differences(items: dict[str, tuple[float, float]], baseline: dict[str, tuple[float, float]]) -> Array:
@@ -81,10 +87,15 @@ def _figures(items: dict[str, tuple[float, float]], baseline: dict[str, tuple[fl
     differences = _differences(items, baseline)
     return {
         "gold_log_likelihood": float(np.mean([v[0] for v in items.values()])),
-        "accuracy": float(np.mean([v[1] for v in items.values()])),
+        "accuracy": _known(float(np.mean([v[1] for v in items.values()]))),
         "difference": float(differences.mean()),
         "interval": list(mean_interval(differences)),
     }
+
+
+def _known(value: float) -> float | None:
+    """None for NaN: free answers are not compared when a weight is chosen."""
+    return None if np.isnan(value) else value
 
 
 def tuning_table(found: dict[str, Any], titles: dict[str, str]) -> Table:

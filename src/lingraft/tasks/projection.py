@@ -12,8 +12,8 @@ from lingraft.config import ProjectionConfig
 from lingraft.digests import digest_value
 from lingraft.errors import DataError
 from lingraft.metrics import Prediction
-from lingraft.tasks.choice import ChoiceTask
 from lingraft.tasks.items import Example
+from lingraft.tasks.task import Task
 
 Labels = list[tuple[int, int]]
 """(line, label) pairs, in the order of the lines."""
@@ -59,7 +59,7 @@ def projected_labels(predictions: Sequence[Prediction], config: ProjectionConfig
     return sorted(kept)
 
 
-def projected_examples(task: ChoiceTask, texts: Sequence[str], labels: Labels) -> list[Example]:
+def projected_examples(task: Task, texts: Sequence[str], labels: Labels) -> list[Example]:
     """The task's items from the other side of the parallel text; a line that is empty there is left out.
 
     Raises:

@@ -1,13 +1,76 @@
-"""The reference task: causal language modelling on plain text, cut into segments that are counted in tokens."""
+"""Reference tasks on plain text, from a file or the hub, cut into segments that are counted in tokens."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from lingraft.config import ReferenceConfig
+from lingraft.digests import digest_file
 from lingraft.errors import DataError, UserError
 from lingraft.languages import LANGUAGES
-from lingraft.tasks.choice import bundled_or
-from lingraft.tasks.sources import BUNDLED, read_lines
+from lingraft.tasks.sources import BUNDLED, HubSource, bundled_or, read_lines
+
+
+class ReferenceText(Protocol):
+    """Running text of one language."""
+
+    def digest(self) -> str:
+        """What a step's key knows of the text."""
+        ...
+
+    def lines(self) -> Iterable[str]:
+        """Its lines, a paragraph each."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileText:
+    """Text in a file."""
+
+    path: Path
+
+    def digest(self) -> str:
+        """SHA-256 of the file."""
+        return digest_file(self.path)
+
+    def lines(self) -> list[str]:
+        """All lines, in order."""
+        return read_lines(self.path)
+
+
+@dataclass(frozen=True)
+class HubText:
+    """The field `text` of a hub data set; its rows are fetched as they are read, so that as much comes as is needed."""
+
+    source: HubSource
+
+    def digest(self) -> str:
+        """Repository, commit, configuration and split."""
+        return self.source.digest()
+
+    def lines(self) -> Iterator[str]:
+        """The lines of all documents, in order.
+
+        Raises:
+            DataError: A document has no field `text`.
+        """
+        for row in self.source.streamed():
+            if "text" not in row.fields:
+                raise DataError("this document has no field 'text'", where=row.place)
+            yield from (line.strip() for line in row.fields["text"].split("\n") if line.strip())
+
+
+def reference_text(config: ReferenceConfig, language: str, data_dir: str | Path | None) -> ReferenceText:
+    """A language's reference text: a hub data set's, or a file's; see `reference_path`.
+
+    Raises:
+        DataError: There is none.
+        UserError: The task reads no text.
+    """
+    if config.hub:
+        return HubText(HubSource(config.hub, config.hub_config.replace("{language}", language), "train"))
+    return FileText(reference_path(config, language, data_dir))
 
 
 def reference_path(config: ReferenceConfig, language: str, data_dir: str | Path | None) -> Path:
@@ -16,6 +79,11 @@ def reference_path(config: ReferenceConfig, language: str, data_dir: str | Path 
     Raises:
         DataError: There is none.
     """
+    if config.text is None:
+        raise UserError(
+            f"the reference task '{config.task}' reads no text file",
+            remedy="give reference.text, a path with {language} in it",
+        )
     return text_path(config.text, language, bundled_or(config.data_dir or data_dir) or BUNDLED)
 
 
@@ -53,7 +121,7 @@ def bundled_text(language: str) -> str:
 
 
 def segments(
-    lines: Sequence[str], encode: Callable[[str], list[int]], config: ReferenceConfig, prefix: Sequence[int]
+    lines: Iterable[str], encode: Callable[[str], list[int]], config: ReferenceConfig, prefix: Sequence[int]
 ) -> list[list[int]]:
     """Cuts text into segments of tokens: the same unit in every language.
 
@@ -79,7 +147,7 @@ def segments(
     return found
 
 
-def _packed(lines: Sequence[str], encode: Callable[[str], list[int]], room: int) -> Iterator[list[int]]:
+def _packed(lines: Iterable[str], encode: Callable[[str], list[int]], room: int) -> Iterator[list[int]]:
     running: list[int] = []
     for line in filter(None, lines):
         running.extend(encode(line + "\n"))

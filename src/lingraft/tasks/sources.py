@@ -4,15 +4,34 @@ import csv
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
-from lingraft.digests import digest_file
-from lingraft.errors import BackboneError, DataError, MissingExtra
+from lingraft.digests import digest_file, digest_value
+from lingraft.errors import BackboneError, DataError, MissingExtra, suggestion
 
 BUNDLED = Path(__file__).parents[1] / "data"
+
+
+def bundled_or(data_dir: str | Path | None) -> Path | None:
+    """The data folder that a user's word means: `bundled` is lingraft's own, None the hub.
+
+    Raises:
+        DataError: There is no such folder.
+    """
+    if data_dir is None:
+        return None
+    if str(data_dir) == "bundled":
+        return BUNDLED
+    path = Path(data_dir)
+    if not path.is_dir():
+        raise DataError("there is no such data folder", where=path, remedy="check --data-dir")
+    return path
 
 
 @dataclass(frozen=True)
@@ -62,27 +81,80 @@ def read_lines(path: Path) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Only:
+    """Which rows of a source count: a field's value has a form, and its hash lies in a part of all hashes.
+
+    Attributes:
+        field: The field.
+        like: Its value, with `*` for anything.
+        hashed: The part, from 0 to 1, its end exclusive: what is held out of a training is the same wherever the rows come from.
+    """
+
+    field: str
+    like: str = "*"
+    hashed: tuple[float, float] = (0.0, 1.0)
+
+    def __str__(self) -> str:
+        low, high = self.hashed
+        return f"{self.field}={self.like}" + ("" if (low, high) == (0, 1) else f"[{low:g},{high:g})")
+
+    def counts(self, row: Row) -> bool:
+        """Whether a row counts.
+
+        Raises:
+            DataError: It lacks the field.
+        """
+        (low, high), value = self.hashed, value_of(row, self.field)
+        return fnmatchcase(value, self.like) and low <= int(digest_value([self.field, value], 8), 16) / 16**8 < high
+
+
+def value_of(row: Row, name: str) -> str:
+    """A row's value.
+
+    Raises:
+        DataError: The row lacks the field.
+    """
+    if name not in row.fields:
+        raise DataError(f"this row has no field '{name}'", where=row.place, remedy=suggestion(name, row.fields))
+    return row.fields[name]
+
+
+@dataclass(frozen=True)
 class FileSource:
-    """Rows of a .jsonl, .tsv (unquoted, as SIB-200 has it) or .csv file."""
+    """Rows of a file: .jsonl, .json (an array, or lines), .tsv (unquoted, as SIB-200 has it) or .csv.
+
+    Attributes:
+        path: The file.
+        read: Reads a file of another form; None: by its suffix.
+        only: Which of its rows count; None: all.
+    """
 
     path: Path
+    read: Callable[[Path], list[Row]] | None = None
+    only: Only | None = None
 
     def digest(self) -> str:
-        """SHA-256 of the file."""
-        return digest_file(self.path)
+        """SHA-256 of the file, and which of its rows count."""
+        return digest_file(self.path) + (f":{self.only}" if self.only else "")
 
     def rows(self) -> list[Row]:
-        """All rows, every value as text.
+        """All rows that count, every value as text.
 
         Raises:
             DataError: The file is missing, empty or malformed.
         """
+        found = self._by_suffix() if self.read is None else self.read(self.path)
+        return [row for row in found if self.only is None or self.only.counts(row)]
+
+    def _by_suffix(self) -> list[Row]:
         text = read_text(self.path)
         suffix = self.path.suffix.lower()
+        if suffix == ".json" and text.lstrip().startswith("["):
+            return self._array(text)
         if suffix in (".jsonl", ".json"):
             return [self._json_row(line, n) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
         if suffix not in (".tsv", ".csv"):
-            raise DataError(f"unknown file type '{suffix}'", where=self.path, remedy="use .jsonl, .tsv or .csv")
+            raise DataError(f"unknown file type '{suffix}'", where=self.path, remedy="use .jsonl, .json, .tsv or .csv")
         file = io.StringIO(text, newline="")
         tabs = suffix == ".tsv"
         reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(file, strict=True)
@@ -95,6 +167,13 @@ class FileSource:
             raise DataError("this file has a header and no rows", where=self.path)
         return rows
 
+    def _array(self, text: str) -> list[Row]:
+        rows = parse_json(text, self.path)
+        for number, row in enumerate(rows):
+            if not isinstance(row, dict):
+                raise DataError("this element is not a JSON object", where=f"{self.path}, element {number}")
+        return [row_of(row, f"{self.path}, element {number}") for number, row in enumerate(rows)]
+
     def _json_row(self, line: str, number: int) -> Row:
         where = f"{self.path}:{number}"
         try:
@@ -103,7 +182,7 @@ class FileSource:
             raise DataError(f"this line is not JSON ({error.msg})", where=where) from None
         if not isinstance(value, dict):
             raise DataError("this line is not a JSON object", where=where)
-        return Row({str(k): _as_text(v) for k, v in value.items()}, where)
+        return row_of(value, where)
 
     def _table_row(self, header: list[str], values: list[str], number: int) -> Row:
         where = f"{self.path}:{number}"
@@ -118,12 +197,23 @@ class HubSource:
 
     The commit is looked up once, when none is given; it enters the digest, so that a data set that changes upstream is
     new work and not a silent difference.
+
+    Attributes:
+        repository: The data set.
+        config: Its configuration.
+        split: Its split.
+        revision: The commit; None: the newest.
+        only: Which of its rows count; None: all.
+        export: Whether it is read from the hub's own conversion to Parquet: the repository holds a script, which
+            `datasets` runs no more.
     """
 
     repository: str
     config: str
     split: str
     revision: str | None = None
+    only: Only | None = None
+    export: bool = False
 
     def pinned(self) -> str:
         """The commit of the data set.
@@ -134,19 +224,32 @@ class HubSource:
         """
         if self.revision:
             return self.revision
-        return hub_commit(self.repository, "dataset")
+        return hub_commit(self.repository, "dataset", *([_EXPORT] if self.export else []))
 
     def digest(self) -> str:
-        """Repository, commit, configuration and split."""
-        return f"hub:{self.repository}@{self.pinned()}:{self.config}:{self.split}"
+        """Repository, commit, configuration, split, and which rows count."""
+        rows = f":{self.only}" if self.only else ""
+        return f"hub:{self.repository}@{self.pinned()}:{self.config}:{self.split}{rows}"
 
     def rows(self) -> list[Row]:
-        """All rows, every value as text.
+        """All rows that count, every value as text.
 
         Raises:
             MissingExtra: `datasets` is not installed.
             DataError: The data set cannot be loaded.
         """
+        return list(self._read(streaming=False))
+
+    def streamed(self) -> Iterator[Row]:
+        """The same rows, fetched as they are asked for.
+
+        Raises:
+            MissingExtra: `datasets` is not installed.
+            DataError: The data set cannot be loaded.
+        """
+        return self._read(streaming=True)
+
+    def _read(self, streaming: bool) -> Iterator[Row]:
         try:
             import datasets
         except ImportError:
@@ -154,20 +257,57 @@ class HubSource:
         where = f"hub data set {self.repository}, {self.config}, {self.split}"
         folder = Path(self.repository).is_dir()
         try:
-            table = datasets.load_dataset(
-                self.repository, self.config, split=self.split, revision=None if folder else self.pinned()
-            )
+            if self.export and not folder:
+                files = f"hf://datasets/{self.repository}@{self.pinned()}/{self.config}/{self.split}/*.parquet"
+                table = datasets.load_dataset(
+                    "parquet", data_files={self.split: files}, split=self.split, streaming=streaming
+                )
+            else:
+                revision = None if folder else self.pinned()
+                table = datasets.load_dataset(
+                    self.repository, self.config, split=self.split, revision=revision, streaming=streaming
+                )
         except Exception as error:
             raise DataError(
                 f"the data set cannot be loaded ({type(error).__name__}: {error})",
                 where=where,
                 remedy="check the connection, or give the upstream files with --data-dir",
             ) from error
-        return [Row({str(k): _as_text(v) for k, v in row.items()}, f"{where}, row {n}") for n, row in enumerate(table)]  # pyright: ignore[reportAttributeAccessIssue]
+        # The hub numbers labels; their names, where it tells them, come beside the numbers.
+        features = getattr(table, "features", None) or {}
+        names = {str(k): kind.names for k, kind in features.items() if getattr(kind, "names", None)}
+        for number, value in enumerate(table):
+            told = {f"{k}_name": known[value[k]] for k, known in names.items() if value[k] is not None}  # pyright: ignore
+            row = row_of({**value, **told}, f"{where}, row {number}")  # pyright: ignore
+            if self.only is None or self.only.counts(row):
+                yield row
 
 
-def hub_commit(repository: str, kind: str) -> str:
-    """The commit that a hub repository's main branch points at: from the hub, or from the local cache when offline.
+_EXPORT = "refs/convert/parquet"
+
+
+UNRESOLVED = "unresolved"
+"""What stands for a commit that could not be looked up, in a plan that nothing is made of."""
+_unresolved: ContextVar[list[str] | None] = ContextVar("unresolved", default=None)
+
+
+@contextmanager
+def without_the_hub() -> Iterator[list[str]]:
+    """Lets a plan be made where the hub does not answer, to see what it would do; nothing must be made of it.
+
+    Yields:
+        The repositories whose commits could not be looked up; it fills while the plan is made.
+    """
+    found: list[str] = []
+    token = _unresolved.set(found)
+    try:
+        yield found
+    finally:
+        _unresolved.reset(token)
+
+
+def hub_commit(repository: str, kind: str, branch: str = "main") -> str:
+    """The commit that a hub repository's branch points at: from the hub, or from the local cache when offline.
 
     Raises:
         MissingExtra: huggingface_hub is not installed.
@@ -180,10 +320,10 @@ def hub_commit(repository: str, kind: str) -> str:
         raise MissingExtra("huggingface_hub", "training") from None
     if kind == "dataset" and Path(repository).is_dir():
         return "local"
-    cached = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}" / "refs" / "main"
+    cached = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}" / "refs" / branch
     if not constants.HF_HUB_OFFLINE:
         try:
-            info = HfApi().repo_info(repository, repo_type=kind, timeout=10)
+            info = HfApi().repo_info(repository, repo_type=kind, revision=branch, timeout=10)
             if info.sha:
                 return info.sha
         except Exception as error:  # noqa: BLE001 - whatever the reason, the cache may know
@@ -194,11 +334,31 @@ def hub_commit(repository: str, kind: str) -> str:
         reason = "HF_HUB_OFFLINE is set"
     if cached.is_file():
         return cached.read_text().strip()
+    if (unresolved := _unresolved.get()) is not None:
+        unresolved.append(repository)
+        return UNRESOLVED
     problem = DataError if kind == "dataset" else BackboneError
     raise problem(
         f"the hub's {kind} '{repository}' was not found ({reason}), and the local cache does not have it",
         remedy="check the name and the connection, or use local files",
     )
+
+
+def parse_json(text: str, path: Path) -> Any:
+    """A whole file as JSON.
+
+    Raises:
+        DataError: It is not JSON (with the line).
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"this file is not JSON ({error.msg})", where=f"{path}:{error.lineno}") from None
+
+
+def row_of(value: Mapping[Any, Any], place: str) -> Row:
+    """A row whose values are text: what is not, is its JSON text."""
+    return Row({str(k): _as_text(v) for k, v in value.items()}, place)
 
 
 def _as_text(value: Any) -> str:

@@ -1,0 +1,163 @@
+"""The paper's figures: nothing but what is printed, beside the run of the same setting and nothing else."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lingraft.config import load_experiment
+from lingraft.costs.arithmetic import adapter_parameters
+from lingraft.costs.shapes import KNOWN, shape_of
+from lingraft.methods import method
+from lingraft.protocols import PAPER_TARGETS
+from lingraft.report.paper import FIVE, Published, beside, published
+
+
+def experiment(**changes: Any) -> dict[str, Any]:
+    return {
+        "task": "xnli",
+        "source": "en",
+        "backbone": {"model": "NousResearch/Llama-2-7b-hf"},
+        "adapter": {"family": "lora"},
+        "reference": {"task": "clm"},
+        "merge": {"modules": ["attention.query", "attention.value"]},
+        **changes,
+    }
+
+
+def named(rows: list[Published], method: str, task: str | None) -> list[float]:
+    return [row.value for row in rows if row.method == method and row.task == task]
+
+
+def test_a_setting_of_the_paper_has_its_figures() -> None:
+    rows = published(experiment())
+    assert named(rows, "adamergex", None) == [33.3] and named(rows, "eng-ft", None) == [31.9]
+    assert named(rows, "adamergex-cross", "xnli") == [-39.5]
+    assert named(rows, "adamergex", "xnli") == [48.3]
+    assert named(published(experiment(merge={"modules": "all"})), "adamergex", "xnli") == [45.2]
+    assert named(published(experiment(merge={"modules": ["feed_forward"]})), "adamergex", "xnli") == []
+    ia3 = published(experiment(task="xquad", adapter={"family": "ia3"}))
+    assert named(ia3, "adamergex", None) == [28.5] and named(ia3, "adamergex-cross", "xquad") == [-0.7]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"source": "de"},
+        {"task": "topics"},
+        {"reference": {"task": "xcopa"}},
+        {"backbone": {"model": "google/gemma-3-270m"}},
+        {"backbone": {"model": "meta-llama/Llama-2-7b-chat-hf"}},
+        {"backbone": {"model": "meta-llama/Llama-2-13b-hf"}},
+        {"adapter": {"family": "bottleneck"}},
+    ],
+    ids=str,
+)
+def test_another_setting_has_none(changes: dict[str, Any]) -> None:
+    assert published(experiment(**changes)) == []
+
+
+@pytest.mark.parametrize("model", ["NousResearch/Llama-2-7b-hf", "/models/Llama-2-7b-hf/", "./llama2-7b"])
+def test_a_backbone_is_known_by_the_last_part_of_its_name(model: str) -> None:
+    assert published(experiment(backbone={"model": model}))
+    assert published(experiment(backbone={"model": "/llama-2-7b/other"})) == []
+
+
+@pytest.mark.parametrize("task", FIVE)
+@pytest.mark.parametrize("family", ["lora", "ia3"])
+def test_the_same_average_stands_beside_each_of_the_five_tasks_under_its_own_name(task: str, family: str) -> None:
+    rows = published(experiment(task=task, adapter={"family": family}))
+    averages = [row for row in rows if row.task is None]
+    assert [row.method for row in averages] == ["vanilla", "eng-ft", "xlt", "xlt-eng-ft", "arimerge", "adamergex"]
+    assert all(row.text.endswith("average of five tasks") for row in averages)
+    assert {row.task for row in rows} <= {None, task}
+
+
+def test_the_encoder_rows_are_prefix_tuning_s_and_each_task_s_own() -> None:
+    encoder = {"backbone": {"model": "FacebookAI/xlm-roberta-base"}, "adapter": {"family": "prefix"}}
+    xcopa = published(experiment(task="xcopa", **encoder))
+    assert {row.method: row.text for row in xcopa} == {"mad-x": "59.5", "adamergex": "67.5"}
+    xquad = published(experiment(task="xquad", **encoder))
+    assert {row.title: row.value for row in xquad} == {"MAD-X": 54.7, "LF-SFT": 66.0, "AdaMergeX": 70.6}
+    assert published(experiment(task="xnli", **encoder)) == []
+    assert published(experiment(task="xcopa", **{**encoder, "adapter": {"family": "lora"}})) == []
+
+
+def found(figure: str = "value", **averages: float | None) -> dict[str, Any]:
+    methods = {
+        name.replace("_", "-"): {"average": None if share is None else {figure: share}}
+        for name, share in averages.items()
+    }
+    return {"experiment": experiment(), "methods": methods}
+
+
+@pytest.mark.parametrize("figure", ["value", "accuracy"])
+def test_ours_stands_beside_the_paper_s(figure: str) -> None:
+    header, rows = beside(found(figure, eng_ft=0.412, control_add=0.4, adamergex=0.475, adamergex_cross=0.1))
+    assert header == ["method", "ours, xnli", "paper"]
+    table = {row[0]: row[1:] for row in rows}
+    assert table["Eng-FT"] == ["41.2", "31.9, average of five tasks"]
+    assert table["AdaMergeX"] == ["47.5", "33.3, average of five tasks; 48.3, six languages"]
+    assert table["AdaMergeX (cross rule)"] == ["10.0, −37.5 against AdaMergeX", "−39.5 against AdaMergeX"]
+    assert table["control: no subtraction"] == ["40.0", "–"]
+    assert table["AriMerge"] == ["not run", "25.4, average of five tasks"]
+    # Ours come first, in their order.
+    assert [row[0] for row in rows][:2] == ["Eng-FT", "control: no subtraction"]
+    assert len(rows) == len(table)
+
+
+def test_a_method_without_data_says_so() -> None:
+    _, rows = beside(found(eng_ft=None))
+    assert rows[0][:2] == ["Eng-FT", "no data"]
+
+
+def test_a_run_of_another_setting_has_no_rows() -> None:
+    run = found(eng_ft=0.5)
+    run["experiment"] = experiment(source="fr")
+    assert beside(run)[1] == []
+
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "adamergex"
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The words behind `lingraft run` of every command in a file; of loops, those with a value for every name."""
+    text = path.read_text(encoding="utf-8")
+    for name, value in {"$task": "xnli", "$source": "th", '"merge.modules=$modules"': "merge.modules=all"}.items():
+        text = text.replace(name, value)
+    text = text.replace("$(echo $modules | tr -dc a-z)", "all")
+    return [shlex.split(line) for line in re.findall(r"^[ #]+lingraft run (.+)$", text, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.iterdir()), ids=lambda path: path.name)
+def test_commands_of_the_recipes_are_experiments(path: Path) -> None:
+    said = commands(path)
+    assert said
+    for recipe, *overrides in said:
+        asked = load_experiment(RECIPES.parents[1] / recipe, overrides)
+        assert asked.protocol == "paper"
+        assert asked.task != "xquad" or asked.selection.weight is not None  # XQuAD has nothing to choose on.
+        assert all(method(name).name == name for name in asked.methods)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("task", FIVE)
+def test_a_recipe_is_for_any_of_the_five_tasks(path: Path, task: str) -> None:
+    asked = load_experiment(path, [f"task={task}"])
+    assert asked.name == path.stem and set(asked.targets) == set(PAPER_TARGETS[task]) - {asked.source}
+    chosen = {"xcopa": ("vi",), "xquad": ("vi",)}.get(task, ("fr",))
+    assert asked.source != "en" or asked.development == chosen
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_size_of_a_recipe_s_backbone_is_known(path: Path) -> None:
+    asked = load_experiment(path)
+    shape = shape_of(KNOWN[asked.backbone.model])
+    assert 0 < adapter_parameters(shape, asked.adapter) < shape.parameters / 50
+
+
+def test_every_recipe_stands_in_the_readme() -> None:
+    text = (RECIPES / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{path.name}`" in text for path in RECIPES.glob("*.yaml"))
