@@ -399,7 +399,7 @@ class Backbone:
         Of a decoder `all` are all but the output embedding, of others those that play a role: no head, no pooler.
 
         Raises:
-            UserError: A name or role matches no linear layer, or `all` was asked for where none plays a role.
+            UserError: A name or role matches no linear layer, or `all` was asked for where a layer plays none that is known.
         """
         import torch
 
@@ -412,10 +412,11 @@ class Backbone:
         if not linear:
             raise UserError(f"{type(model).__name__} has no linear layers to adapt")
         if self.kind != "decoder" and (chosen == "all" or list(chosen) == ["all"]):
+            strange = [n for n in linear if roles.layer_of(n) is not None and not roles.plays_any(n)]
             linear = [n for n in linear if roles.plays_any(n)]
-            if not linear:
+            if strange or not linear:  # Some of the layers for all of them would be a choice that nobody made.
                 raise UserError(
-                    f"none of the layers of {type(model).__name__} plays a role that lingraft knows",
+                    f"not all layers of {type(model).__name__} play a role that lingraft knows: {', '.join(strange[:3])} …",
                     remedy="name the modules to adapt by the ends of their paths (adapter.modules)",
                 )
         return sorted(roles.select(linear, chosen))

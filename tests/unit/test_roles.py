@@ -72,6 +72,30 @@ EXPECTED |= dict(
         strict=True,
     )
 )
+OTHERS = {
+    "distilbert.transformer.layer.0.attention.q_lin": "attention.query",
+    "distilbert.transformer.layer.0.attention.k_lin": "attention.key",
+    "distilbert.transformer.layer.0.attention.v_lin": "attention.value",
+    "distilbert.transformer.layer.0.attention.out_lin": "attention.output",
+    "distilbert.transformer.layer.0.ffn.lin1": "feed_forward.input",
+    "distilbert.transformer.layer.0.ffn.lin2": "feed_forward.output",
+    "deberta.encoder.layer.0.attention.self.query_proj": "attention.query",
+    "deberta.encoder.layer.0.attention.self.key_proj": "attention.key",
+    "deberta.encoder.layer.0.attention.self.value_proj": "attention.value",
+    "gpt_neox.layers.0.attention.query_key_value": "attention.query_key_value",
+    "gpt_neox.layers.0.attention.dense": "attention.output",
+    "gpt_neox.layers.0.mlp.dense_h_to_4h": "feed_forward.input",
+    "gpt_neox.layers.0.mlp.dense_4h_to_h": "feed_forward.output",
+    "transformer.h.0.self_attention.query_key_value": "attention.query_key_value",
+    "transformer.h.0.self_attention.dense": "attention.output",
+    "model.layers.0.self_attn.qkv_proj": "attention.query_key_value",
+    "model.layers.0.mlp.gate_up_proj": "feed_forward.input",
+    "model.layers.0.attn.Wqkv": "attention.query_key_value",
+    "model.layers.0.attn.Wo": "attention.output",
+    "model.layers.0.mlp.Wi": "feed_forward.input",
+    "model.layers.0.mlp.Wo": "feed_forward.output",
+}
+EXPECTED |= OTHERS
 PARTS = [role for role in ROLES if "." in role]
 
 
@@ -82,7 +106,7 @@ def test_every_linear_layer_plays_its_one_role_and_the_group_of_it(module: str) 
     assert {group for group in ("attention", "feed_forward") if plays(module, group)} == {role.split(".")[0]}
 
 
-@pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens", "score", "my_self_attn.q_proj", "xq_proj", ""])
+@pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens", "score", "my_self_attn.q_proj", "xq_proj", "bert.pooler.dense", "classifier.dense", "lm_head.dense", ""])
 def test_other_modules_play_no_role(module: str) -> None:
     assert not any(plays(module, role) for role in ROLES)
 

@@ -18,12 +18,12 @@ from lingraft.architectures import kind_of
 from lingraft.backbones import Backbone, peft_config
 from lingraft.batching import text_sequences
 from lingraft.config import AdapterConfig, BackboneConfig, TrainingConfig
-from lingraft.errors import AdapterError
+from lingraft.errors import AdapterError, UserError
 from lingraft.layouts.prefix import TENSOR
 from lingraft.locating import locate
 from lingraft.merging import Combination, Graft
 from lingraft.prefixes import keys_and_values, refusal
-from lingraft.roles import select
+from lingraft.roles import plays_any, select
 from lingraft.structures import IA3_ROLES, fresh
 from lingraft.training import _names, batch_loss, hash_tensors, train
 from tests.conftest import save_tiny_model
@@ -305,6 +305,45 @@ def test_ia3_scales_keys_values_and_the_feed_forward_input_in_every_architecture
     assert not result.unexpected_keys and not [k for k in result.missing_keys if "ia3_" in k]
 
 
+# LoRA on every layer that plays a role
+
+LAYERS = {
+    "gpt_neox": ("GPTNeoXForCausalLM", 8),
+    "falcon": ("FalconForCausalLM", 8),
+    "phi3": ("Phi3ForCausalLM", 8),
+    "t5": ("T5ForConditionalGeneration", 2 * 6 + 2 * 10),
+    "mt5": ("MT5ForConditionalGeneration", 2 * 7 + 2 * 11),
+    "distilbert": ("DistilBertForMaskedLM", 12),
+    "albert": ("AlbertForMaskedLM", 6),
+}
+
+
+@pytest.mark.parametrize("architecture", LAYERS)
+def test_all_layers_of_an_architecture_play_a_role(architecture: str) -> None:
+    name, count = LAYERS[architecture]
+    sizes = T5 if "t5" in architecture else {k: v for k, v in SIZES.items() if k != "head_dim"}
+    if architecture == "distilbert":
+        sizes = {"vocab_size": 40, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
+    if architecture == "phi3":
+        sizes = {**sizes, "pad_token_id": 0}
+    if architecture == "albert":  # All its layers are one.
+        sizes = {**ENCODER, "embedding_size": 16}
+    model: Any = Stub(on_paper(name, **sizes))
+    found = model.target_modules("all")
+    assert len(found) == count and all(plays_any(module) for module in found)
+
+
+def test_where_a_layer_plays_no_role_modules_are_named() -> None:
+    for name in ("MPNetForMaskedLM", "FunnelForMaskedLM"):
+        changes = {"d_model": 32, "d_inner": 48, "n_head": 4, "d_head": 8, "vocab_size": 40}
+        model: Any = Stub(on_paper(name, **(ENCODER if name.startswith("MPNet") else changes)))
+        with pytest.raises(UserError, match="not all layers of") as caught:
+            model.target_modules("all")
+        assert "adapter.modules" in (caught.value.remedy or "")
+    mpnet: Any = Stub(on_paper("MPNetForMaskedLM", **ENCODER))
+    assert len(mpnet.target_modules("attn.q,output.dense")) == 4
+
+
 def test_other_modules_for_ia3_are_a_choice(tiny: Backbone) -> None:
     made, tensors = fresh(tiny, AdapterConfig(family="ia3", modules="attention.query,up_proj"), 0)
     assert {m.rsplit(".", 1)[1] for m in made["target_modules"]} == {"q_proj", "up_proj"}
@@ -578,9 +617,7 @@ ENCODER = {
     "num_attention_heads": 4,
 }
 REFUSED = {
-    "BertForMultipleChoice": (ENCODER, "folds the choices into the batch"),
-    "XLMRobertaForMultipleChoice": (ENCODER, "folds the choices into the batch"),
-    "XLMRobertaForMaskedLM": (ENCODER, "is an encoder|takes no keys"),
+    "DebertaV2ForMaskedLM": (ENCODER, "attention in a way of its own"),
     "T5ForConditionalGeneration": (T5, "two stacks of layers"),
     "MambaForCausalLM": (
         {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
@@ -604,6 +641,13 @@ def test_models_that_cannot_serve_a_prefix_are_refused_with_the_reason(name: str
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma3ForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"])
 def test_models_that_serve_a_prefix(name: str) -> None:
     assert refusal(on_paper(name, **SIZES), "prefix") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["BertForMultipleChoice", "XLMRobertaForMaskedLM", "RobertaForQuestionAnswering", "ElectraForMaskedLM"]
+)
+def test_encoders_that_serve_a_prefix(name: str) -> None:
+    assert refusal(on_paper(name, **ENCODER), "prefix") is None
 
 
 # The configuration

