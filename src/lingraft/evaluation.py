@@ -16,6 +16,8 @@ from lingraft.predictions import score, write_evaluation
 from lingraft.tasks.items import Example
 
 Progress = Callable[[int, int], None]
+_READ = 2048
+"""Padded tokens in a batch of texts that are only read."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Asking:
         max_length: Tokens of prompt and answer; a longer prompt loses some of its context, or its beginning.
         new_tokens: For `generation`, at most so many tokens.
         stop: For `generation`, strings at which a text ends.
-        batch_tokens: Padded tokens in a batch; changes speed only.
+        batch_tokens: Padded tokens in a batch; changes speed only. None: 2,048 where texts are read, as many as keep the cache
+            within 4 GiB where they are written.
     """
 
     scoring: str = "auto"
@@ -37,7 +40,7 @@ class Asking:
     max_length: int = 1024
     new_tokens: int = 16
     stop: tuple[str, ...] = ("\n",)
-    batch_tokens: int = 2048
+    batch_tokens: int | None = None
 
 
 def predict(
@@ -104,7 +107,7 @@ def ask(
     if not examples:
         raise DataError("there is nothing to evaluate")
     choice = bool(examples[0].candidates)
-    length, tokens = asking.max_length, asking.batch_tokens
+    length, tokens = asking.max_length, asking.batch_tokens or _READ
     if backbone.kind == "encoder":
         answers = encoding.predict_choice if choice else encoding.predict_span
         return answers(backbone, adapter, examples, max_length=length, batch_tokens=tokens, progress=progress)
@@ -118,7 +121,7 @@ def ask(
                 scoring=asking.scoring,
                 normalised=asking.normalised,
                 max_length=asking.max_length,
-                batch_tokens=asking.batch_tokens,
+                batch_tokens=tokens,
                 progress=progress,
             )
         return _generated(backbone, examples, asking, choice, progress)
@@ -132,7 +135,7 @@ def _transduced(
     choice: bool,
     progress: Progress | None,
 ) -> list[Prediction] | list[Generated]:
-    length, tokens = asking.max_length, asking.batch_tokens
+    length, tokens = asking.max_length, asking.batch_tokens or _READ
     if choice and asking.scoring not in ("generation", "gold"):
         return transduction.predict_choice(
             backbone,
@@ -158,7 +161,7 @@ def _transduced(
 def _generated(
     backbone: Backbone, examples: Sequence[Example], asking: Asking, choice: bool, progress: Progress | None
 ) -> list[Generated]:
-    length, tokens = asking.max_length, asking.batch_tokens
+    length, tokens = asking.max_length, asking.batch_tokens or _READ
     gold: list[tuple[float, bool]] | None = None
     if not choice or asking.scoring == "gold":
         # An answer in other words than the prompt's labels has no likelihood: a choice task that is written has none.
@@ -177,7 +180,7 @@ def _generated(
             new_tokens=asking.new_tokens,
             stop=asking.stop,
             max_length=length,
-            batch_tokens=max(tokens, 8192),
+            batch_tokens=asking.batch_tokens,
             progress=progress,
         )
     return [

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from lingraft.backbones import Backbone
 from lingraft.batching import cut
 from lingraft.likelihood import autocast
+from lingraft.prefixes import attention_shape
 from lingraft.tasks.items import Example
 
 Progress = Callable[[int, int], None]
@@ -58,8 +59,8 @@ def written(
     new_tokens: int,
     stop: Sequence[str],
     max_length: int,
-    batch_tokens: int,
-    progress: Progress | None,
+    batch_tokens: int | None = None,
+    progress: Progress | None = None,
 ) -> list[tuple[str, bool]]:
     """What the model, with an adapter on it or without, writes after every prompt: greedy decoding.
 
@@ -69,7 +70,8 @@ def written(
         new_tokens: At most so many tokens are written.
         stop: Strings at which a text ends; they are not part of it.
         max_length: Tokens of prompt and text together; a longer prompt loses some of its context, or its beginning.
-        batch_tokens: Padded tokens of prompts and texts in a batch; changes speed only.
+        batch_tokens: Padded tokens of prompts and texts in a batch; changes speed only. None: as many as keep the keys and values
+            within 4 GiB.
         progress: Called with the items done and the items in all.
 
     Returns:
@@ -83,7 +85,7 @@ def written(
         prompts.append((number, [*backbone.prefix, *kept], excess > 0))
     found: list[tuple[str, bool]] = [("", False)] * len(examples)
     finished = 0
-    for batch in _batched(prompts, new_tokens, batch_tokens):
+    for batch in _batched(prompts, new_tokens, batch_tokens or _affordable(backbone)):
         texts = _continued(backbone, [ids for _, ids, _ in batch], new_tokens, stop)
         for (number, _, truncated), text in zip(batch, texts, strict=True):
             found[number] = (ended(text, stop), truncated)
@@ -91,6 +93,13 @@ def written(
         if progress is not None:
             progress(finished, len(prompts))
     return found
+
+
+def _affordable(backbone: Backbone) -> int:
+    """Tokens whose keys and values take 4 GiB, and no more than 32,768: a step over many rows costs little more than over few."""
+    layers, heads, width = attention_shape(backbone.model)
+    size = 2 * layers * heads * width * backbone.dtype.itemsize
+    return max(1, min(32_768, 2**32 // size))
 
 
 def _batched(

@@ -11,7 +11,7 @@ import torch
 from lingraft.backbones import Backbone, peft_config
 from lingraft.batching import text_sequences
 from lingraft.config import AdapterConfig, BackboneConfig
-from lingraft.errors import AdapterError, BackboneError, UserError
+from lingraft.errors import AdapterError, BackboneError, MissingExtra, UserError
 from lingraft.locating import locate
 from lingraft.structures import fresh
 from lingraft.training import train
@@ -234,3 +234,40 @@ def test_an_error_of_the_work_on_an_adapted_model_is_not_taken_for_the_adapters(
     wrong = {name: torch.zeros(3, 3) for name in tensors}
     with pytest.raises(AdapterError, match="another shape"), tiny.attached(made, wrong):
         pass
+
+
+class Quantised:
+    """A configuration as it will be read: a base in fewer bits."""
+
+    def __init__(self, kind: str, device: str = "cpu") -> None:
+        self.quantization, self.device = kind, device
+
+
+def test_fewer_bits_need_bitsandbytes_and_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lingraft.backbones import _quantisation
+
+    found: dict[str, object] = {"bitsandbytes": None}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found.get(name, object()))
+    assert _quantisation(Quantised("none"), torch.bfloat16) == {} == _quantisation(BackboneConfig(model="x"), torch.float32)
+    with pytest.raises(MissingExtra, match="bitsandbytes") as missing:
+        _quantisation(Quantised("nf4"), torch.bfloat16)
+    assert "lingraft[quantization]" in (missing.value.remedy or "")
+    found["bitsandbytes"] = object()
+    for kind in ("nf4", "int8"):
+        with pytest.raises(UserError, match=f"a base in {kind} needs a CUDA device") as caught:
+            _quantisation(Quantised(kind), torch.bfloat16)
+        assert "quantization=none" in (caught.value.remedy or "")
+
+
+def test_fewer_bits_are_asked_for_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NF4 with double quantisation, computing in the configured type (Dettmers et al., 2023)."""
+    from lingraft.backbones import _quantisation
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("lingraft.backbones._device", lambda name: "cuda:0")
+    made = _quantisation(Quantised("nf4", "auto"), torch.bfloat16)
+    config = made["quantization_config"]
+    assert made["device_map"] == {"": torch.device("cuda:0")}
+    assert config.load_in_4bit and config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_use_double_quant
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16
+    assert _quantisation(Quantised("int8"), torch.bfloat16)["quantization_config"].load_in_8bit

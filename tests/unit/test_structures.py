@@ -270,7 +270,8 @@ class Stub:
     target_modules = Backbone.target_modules
 
     def __init__(self, model: Any) -> None:
-        self.model, self.kind = model, kind_of(model.config.to_dict())
+        self.model = model
+        self.kind = kind_of({**model.config.to_dict(), "architectures": [type(model).__name__]})
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

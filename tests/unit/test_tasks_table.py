@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lingraft.config import CustomTask, validated
 from lingraft.errors import ConfigError, DataError, LingraftError, UserError
 from lingraft.languages import LANGUAGES
 from lingraft.tasks.formats import exemplar_rows, numbered_rows, squad_rows
@@ -120,6 +121,7 @@ PLACES = [
     ("mgsm", "en", "train", ["gsm8k/train.jsonl", "grade_school_math/data/train.jsonl"]),
     ("xquad", "el", "test", ["xquad/xquad.el.json", "xquad.el.json"]),
     ("xquad", "en", "train", ["squad/train-v1.1.json", "train-v1.1.json"]),
+    ("xquad", "vi", "validation", ["MLQA_V1/dev/dev-context-vi-question-vi.json"]),
     ("xquad-tydiqa", "fi", "validation", ["tydiqa_goldp/finnish_tydiqa_dev.json", "tydiqa-goldp-v1.1-dev.json"]),
     ("tydiqa", "sw", "train", ["language_data/swahili/swahili_tydiqa_train.json", "tydiqa-goldp-v1.1-train.json"]),
     ("tydiqa", "ko", "test", ["korean_tydiqa_dev.json", "tydiqa-goldp-v1.1-dev/tydiqa-goldp-dev-korean.json"]),
@@ -151,6 +153,7 @@ HUBS = [
     ("mgsm", "te", "test", "juletxara/mgsm", "te", "test"),
     ("mgsm", "te", "validation", "juletxara/mgsm", "te", "train"),
     ("xquad", "en", "train", "rajpurkar/squad", "plain_text", "train"),
+    ("xquad", "vi", "validation", "facebook/mlqa", "mlqa.vi.vi", "validation"),
     ("xquad", "ro", "test", "google/xquad", "xquad.ro", "validation"),
     ("xquad-tydiqa", "en", "train", "google-research-datasets/tydiqa", "secondary_task", "train"),
     ("xquad-tydiqa", "ru", "validation", "google-research-datasets/tydiqa", "secondary_task", "validation"),
@@ -182,7 +185,7 @@ def test_the_nusax_codes_of_the_hub():
     [
         ("xquad", "sw", "test", "no 'test' data for 'sw' on the hub", "it has: ar, de, el, en, es, hi, ro, ru, th, tr, vi, zh; or"),
         ("xquad", "fr", "test", "no 'test' data for 'fr' on the hub", "it has: ar, de"),
-        ("xquad", "en", "validation", "no 'validation' data for 'en' on the hub", "give --data-dir"),
+        ("xquad", "el", "validation", "no 'validation' data for 'el' on the hub", "it has: ar, de, en, es, hi, vi, zh; or"),
         ("mgsm", "sw", "train", "no 'train' data for 'sw' on the hub", "it has: en; or"),
         ("xlsum", "de", "test", "no 'test' data for 'de' on the hub", "it has: am, ar"),
         ("xcopa", "en", "test", "no 'test' data for 'en' on the hub", "it has: et, ht"),
@@ -204,7 +207,7 @@ def test_a_given_commit_is_that_of_the_data_set_with_the_test():
 @pytest.mark.parametrize(
     ("task", "language", "split", "says", "remedy"),
     [
-        ("xquad", "en", "validation", "'xquad' has no 'validation' split", "it has: train, test"),
+        ("xquad", "el", "validation", "no 'validation' data for 'el'", "it has: ar, de, en, es, hi, vi, zh"),
         ("mgsm", "sw", "train", "no 'train' data for 'sw'", "it has: en"),
         ("xquad-tydiqa", "sw", "train", "no 'train' data for 'sw'", "it has: en"),
     ],
@@ -648,3 +651,11 @@ def test_contexts_that_lost_their_leading_blanks_on_the_hub_keep_their_answers()
 def test_a_source_that_lacks_the_dividing_field_is_named():
     with pytest.raises(DataError, match="no field 'id'"):
         Only("id").counts(Row({"name": "1"}, "here"))
+
+
+def test_a_split_that_a_task_of_one_s_own_does_not_have_is_said(tmp_path: Path):
+    own = validated(CustomTask, {"files": {"train": "{language}.tsv"}, "prompt": "{text}", "labels": ["a", "b"]})
+    error = refused(
+        lambda: find_task("mine", {"mine": own}).source("en", "test", tmp_path), "'mine' has no 'test' split"
+    )
+    assert error.remedy == "it has: train"

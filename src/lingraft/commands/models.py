@@ -161,8 +161,12 @@ def evaluate_model(out: Path, as_json: bool, **options: Any) -> dict[str, Any] |
 
     training_stack()
     from lingraft.evaluation import Asking, ask
+    from lingraft.locating import architecture_of
     from lingraft.predictions import write_answers
+    from lingraft.serving import served_head
 
+    if architecture_of(located) == "encoder":
+        served_head(task)
     wording = task.prompt(prompt)
     scoring = "generation" if task.kind != "choice" or wording.generate else options["scoring"]
     record = {
@@ -194,7 +198,7 @@ def evaluate_model(out: Path, as_json: bool, **options: Any) -> dict[str, Any] |
         scores = write_answers(work, said, task.rule(prompt), options["language"], list(task.answers))
     if as_json:
         return {"out": str(out), **scores}
-    Console().print(_figures(scores), markup=False, highlight=False)
+    Console().print(_figures(scores), markup=False, highlight=False, soft_wrap=True)
     return None
 
 

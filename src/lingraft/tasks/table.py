@@ -180,6 +180,7 @@ _MGSM = TextTask(
 )
 
 _XQUAD_LANGUAGES = _codes("ar de el en es hi ro ru th tr vi zh")
+_MLQA_LANGUAGES = _codes("ar de en es hi vi zh")
 _XQUAD = TextTask(
     name="xquad",
     kind="extraction",
@@ -190,15 +191,24 @@ _XQUAD = TextTask(
     context="context",
     layouts={
         "train": _squad("squad/train-v1.1.json", "train-v1.1.json", languages=_ENGLISH),
+        "validation": _squad(
+            *(
+                f"{folder}dev-context-{{language}}-question-{{language}}.json"
+                for folder in ("MLQA_V1/dev/", "mlqa/dev/", "mlqa/", "")
+            ),
+            languages=_MLQA_LANGUAGES,
+        ),
         "test": _squad("xquad/xquad.{language}.json", "xquad.{language}.json"),
     },
     hubs=(
         Hub("rajpurkar/squad", "plain_text", {"train": "train"}, _ENGLISH),
+        Hub("facebook/mlqa", "mlqa.{language}.{language}", {"validation": "validation"}, _MLQA_LANGUAGES, export=True),
         Hub("google/xquad", "xquad.{language}", {"test": "validation"}, _XQUAD_LANGUAGES),
     ),
     languages=_XQUAD_LANGUAGES,
+    note="XQuAD has a test set only: the validation items are MLQA's dev set.",
     metric="exact_match",
-    licence="XQuAD, SQuAD: CC BY-SA 4.0",
+    licence="XQuAD, SQuAD: CC BY-SA 4.0; MLQA: CC BY-SA 3.0",
 )
 
 _TYDIQA_LANGUAGES = _codes("ar bn en fi id ko ru sw te")
@@ -257,7 +267,7 @@ _XQUAD_TYDIQA = replace(
     hubs=(
         replace(_tydiqa_hub("train", "train", _ITS_OWN), languages=_ENGLISH),
         _tydiqa_hub("validation", "validation", _ITS_OWN),
-        *_XQUAD.hubs[1:],
+        _XQUAD.hubs[-1],
     ),
     licence="XQuAD: CC BY-SA 4.0; TyDiQA: Apache-2.0",
     note="XQuAD's test, trained on TyDiQA-GoldP's English part; TyDiQA's dev set in other languages is the validation.",
