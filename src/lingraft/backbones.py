@@ -351,8 +351,7 @@ class Backbone:
             for path, module in own.items():  # PEFT trained a copy, and would leave it there.
                 parent, _, name = path.rpartition(".")
                 setattr(model.get_submodule(parent), name, module)
-            if learned is None:
-                wrapped.unload()
+            _unload(model)
             model.eval().requires_grad_(False)
             # PEFT leaves its notes on the base model; the next adapter must not be told of a second one.
             model.__dict__.pop("peft_config", None)
@@ -486,6 +485,16 @@ def _quantisation(config: Any, dtype: Any) -> dict[str, Any]:
         else BitsAndBytesConfig(load_in_8bit=True)
     )
     return {"quantization_config": made, "device_map": {"": torch.device(device)}}
+
+
+def _unload(model: Any) -> None:
+    """Puts the layers back that an adapter was put around; PEFT's own way refuses (IA)³ on a quantised base."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for path, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, module.get_base_layer())
 
 
 def _load(wrapped: Any, tensors: Mapping[str, "torch.Tensor"]) -> None:

@@ -202,6 +202,7 @@ class EvaluationConfig(Config):
     limit: int | None = Field(
         default=None, ge=1, description="items per language; absent: the task's published sample or all"
     )
+    source: bool = Field(default=True, description="score the source language too, with the methods that have it")
     written_limit: int | None = Field(
         default=None, ge=1, description="items per language where the model writes its answers, which takes longer"
     )

@@ -176,7 +176,7 @@ class _Planner:
         """The languages in which a method has a number; those in which it has none are noted, with the reason."""
         experiment = self.experiment
         wanted = [*experiment.targets]
-        if row.adapter in ("none", "source"):
+        if row.adapter in ("none", "source") and experiment.evaluation.source:
             wanted.insert(0, experiment.source)
         found: list[str] = []
         for language in wanted:

@@ -226,7 +226,11 @@ def _before_the_text(model: Any, prefix: torch.Tensor, shape: tuple[int, int, in
 
     def behind(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs = {**inspect.signature(module.forward).bind_partial(*args).arguments, **given}
-        if kwargs.get("position_ids") is None and "position_ids" in takes and (ids := kwargs.get("input_ids")) is not None:
+        if (
+            kwargs.get("position_ids") is None
+            and "position_ids" in takes
+            and (ids := kwargs.get("input_ids")) is not None
+        ):
             count = getattr(base.embeddings, "create_position_ids_from_input_ids", None)
             if count is None:
                 places = torch.arange(len(prefix), len(prefix) + ids.shape[1], device=ids.device).expand(len(ids), -1)

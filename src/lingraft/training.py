@@ -104,7 +104,8 @@ def _objective(backbone: Backbone, sequences: Sequence[Any]) -> Objective:
     """
     kind, found = _OBJECTIVES[type(sequences[0])]
     if kind != backbone.kind:
-        raise UserError(f"these sequences are for an {kind}, and {backbone.located.name} is an {backbone.kind}")
+        wanted, given = (f"{'a' if name == 'decoder' else 'an'} {name}" for name in (kind, backbone.kind))
+        raise UserError(f"these sequences are for {wanted}, and {backbone.located.name} is {given}")
     return found
 
 

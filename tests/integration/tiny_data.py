@@ -162,6 +162,9 @@ def _questions(path: Path, language: str, numbers: Iterable[int], name: Callable
 
 def _xquad(folder: Path) -> None:
     _questions(folder / "squad/train-v1.1.json", "en", _numbers("train"), lambda n: f"squad-{n}")
+    for code in TASKS["xquad"].languages_of("validation") or ():
+        path = folder / f"MLQA_V1/dev/dev-context-{code}-question-{code}.json"
+        _questions(path, code, _numbers("validation"), lambda n: f"mlqa-{n}")
     for code in TASKS["xquad"].languages:
         _questions(folder / f"xquad/xquad.{code}.json", code, _numbers("test"), lambda n: f"xquad-{n}")
 

@@ -248,7 +248,11 @@ def test_fewer_bits_need_bitsandbytes_and_a_cuda_device(monkeypatch: pytest.Monk
 
     found: dict[str, object] = {"bitsandbytes": None}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: found.get(name, object()))
-    assert _quantisation(Quantised("none"), torch.bfloat16) == {} == _quantisation(BackboneConfig(model="x"), torch.float32)
+    assert (
+        _quantisation(Quantised("none"), torch.bfloat16)
+        == {}
+        == _quantisation(BackboneConfig(model="x"), torch.float32)
+    )
     with pytest.raises(MissingExtra, match="bitsandbytes") as missing:
         _quantisation(Quantised("nf4"), torch.bfloat16)
     assert "lingraft[quantization]" in (missing.value.remedy or "")

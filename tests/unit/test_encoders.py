@@ -114,7 +114,9 @@ def logits_of(model: Any, backbone: Backbone, rows: list[Row]) -> torch.Tensor:
             given = {name: value[:, None] for name, value in given.items()}
         with torch.no_grad():
             out = model.get_base_model()(**given)
-        found.append(torch.stack([out.start_logits[0], out.end_logits[0]]) if hasattr(out, "start_logits") else out.logits[0])
+        found.append(
+            torch.stack([out.start_logits[0], out.end_logits[0]]) if hasattr(out, "start_logits") else out.logits[0]
+        )
     return torch.cat([value.reshape(-1) for value in found])
 
 
@@ -124,7 +126,9 @@ def logits_of_peft(model: Any, backbone: Backbone, rows: list[Row]) -> torch.Ten
     for row in rows:
         with torch.no_grad():
             out = model(input_ids=torch.tensor([row.ids]), attention_mask=torch.ones(1, len(row.ids), dtype=torch.long))
-        found.append(torch.stack([out.start_logits[0], out.end_logits[0]]) if hasattr(out, "start_logits") else out.logits[0])
+        found.append(
+            torch.stack([out.start_logits[0], out.end_logits[0]]) if hasattr(out, "start_logits") else out.logits[0]
+        )
     return torch.cat([value.reshape(-1) for value in found])
 
 
@@ -166,9 +170,11 @@ def test_what_was_trained_says_in_plain_peft_what_it_says_here(trained: tuple[st
     assert head_of(adapter) == head
     sizes = {"num_labels": 3} if kind == "classification" else {}
     base = getattr(transformers, AUTO_CLASSES[kind]).from_pretrained(backbone.folder, **sizes)
-    rows = [Row(s.ids, (0,) * len(s.ids)) for s in sequences_of(backbone, kind)[:2]] if kind == "masked_lm" else [
-        row for e in items(kind) for row in _item(backbone, e, head, 64, False)
-    ]
+    rows = (
+        [Row(s.ids, (0,) * len(s.ids)) for s in sequences_of(backbone, kind)[:2]]
+        if kind == "masked_lm"
+        else [row for e in items(kind) for row in _item(backbone, e, head, 64, False)]
+    )
     theirs = PeftModel.from_pretrained(base, folder).eval()
     if structure == "prefix":  # PEFT's own forward has no prefix for these heads, and leaves segments out.
         if kind not in ("classification", "span"):
@@ -282,15 +288,15 @@ def test_a_merge_keeps_the_tasks_head(encoder: Backbone, structure: str, tmp_pat
     assert predict_choice(encoder, Adapter.load(tmp_path / "merged"), items("classification")) == here
     assert here != predict_choice(encoder, task, items("classification"))
     zero = Graft(0).onto(task, target - source)
-    assert predict_choice(encoder, zero, items("classification")) == predict_choice(encoder, task, items("classification"))
+    assert predict_choice(encoder, zero, items("classification")) == predict_choice(
+        encoder, task, items("classification")
+    )
     if structure != "prefix":
         base = transformers.AutoModelForSequenceClassification.from_pretrained(encoder.folder, num_labels=3)
         theirs = PeftModel.from_pretrained(base, tmp_path / "merged").eval()
         rows = [row for e in items("classification") for row in _item(encoder, e, head, 64, False)]
         with encoder.with_adapter(merged) as wrapped:
-            assert torch.allclose(
-                logits_of(wrapped, encoder, rows), logits_of(theirs, encoder, rows), atol=1e-5
-            )
+            assert torch.allclose(logits_of(wrapped, encoder, rows), logits_of(theirs, encoder, rows), atol=1e-5)
 
 
 def test_a_task_is_learned_on_top_of_a_languages_adapter(encoder: Backbone, tmp_path: Path) -> None:
@@ -310,7 +316,9 @@ def test_a_task_is_learned_on_top_of_a_languages_adapter(encoder: Backbone, tmp_
     train(encoder, chosen, tmp_path / "task", training=TRAINING, **options)
     train(encoder, chosen, tmp_path / "again", training=still, start_from=tmp_path / "task", **options)
     last, again = Adapter.load(tmp_path / "task"), Adapter.load(tmp_path / "again")
-    assert {n: read().tobytes() for n, read in last.others.items()} == {n: read().tobytes() for n, read in again.others.items()}
+    assert {n: read().tobytes() for n, read in last.others.items()} == {
+        n: read().tobytes() for n, read in again.others.items()
+    }
 
 
 # Heads
@@ -325,7 +333,11 @@ def test_initial_heads_are_a_function_of_base_head_and_seed(encoder: Backbone, b
         return hash_tensors({name: t for name, t in found.items() if "ia3" not in name})
 
     first = made(encoder, Head("classification", 3), 0)
-    assert made(encoder, Head("classification", 3), 0) == first == made(opened(encoder.folder), Head("classification", 3), 0)
+    assert (
+        made(encoder, Head("classification", 3), 0)
+        == first
+        == made(opened(encoder.folder), Head("classification", 3), 0)
+    )
     others = {made(encoder, Head("classification", n), seed) for n, seed in ((3, 1), (4, 0))}
     assert len({first, *others, made(bare, Head("classification", 3), 0)}) == 4
 
@@ -388,9 +400,7 @@ def test_other_encoders_learn_and_open_in_plain_peft(name: str, tmp_path: Path) 
         rows = [row for e in items(kind) for row in _item(backbone, e, HEADS[kind], 64, False)]
         theirs = PeftModel.from_pretrained(base, tmp_path / kind).eval()
         with backbone.with_adapter(adapter) as wrapped:
-            assert torch.allclose(
-                logits_of(wrapped, backbone, rows), logits_of(theirs, backbone, rows), atol=1e-5
-            )
+            assert torch.allclose(logits_of(wrapped, backbone, rows), logits_of(theirs, backbone, rows), atol=1e-5)
 
 
 # What is read
@@ -454,7 +464,9 @@ def test_an_answer_that_was_cut_is_left_out_of_training_and_said(encoder: Backbo
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 120), st.integers(12, 60))
-def test_windows_hold_the_whole_text_and_every_short_answer(encoders: dict[str, Backbone], length: int, room: int) -> None:
+def test_windows_hold_the_whole_text_and_every_short_answer(
+    encoders: dict[str, Backbone], length: int, room: int
+) -> None:
     text = "".join("abcdefgh"[n % 8] for n in range(length))
     rows = _item(encoders["bert"], Example("1", "", parts=("q", text)), HEADS["span"], room, True)
     seen = {n for row in rows for a, b in row.offsets for n in range(a, b)}
@@ -494,7 +506,7 @@ def test_an_encoder_without_an_adapter_says_nothing(encoder: Backbone) -> None:
 
 
 def test_sequences_for_another_kind_of_model_are_refused(encoder: Backbone, tiny: Backbone, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="for an decoder|for a decoder"):
+    with pytest.raises(UserError, match="for a decoder"):
         train(encoder, text_sequences([[1, 2, 3]]), tmp_path)
     with pytest.raises(UserError, match="for an encoder"):
         train(tiny, [MaskedSequence((1, 2, 3))], tmp_path)
@@ -559,11 +571,11 @@ def test_an_empty_line_takes_no_loss(encoder: Backbone) -> None:
 
 
 def test_scores_are_log_probabilities_and_options_may_differ_in_number(encoder: Backbone, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
     for kind in ("classification", "multiple_choice"):
         folder = tmp_path / kind
         folder.mkdir()
         train(encoder, sequences_of(encoder, kind), folder, adapter=STRUCTURES["lora"], training=TRAINING)
-        seen: list[tuple[int, int]] = []
         found = predict_choice(
             encoder, Adapter.load(folder), items(kind), batch_tokens=40, progress=lambda a, b: seen.append((a, b))
         )
@@ -624,7 +636,8 @@ def test_a_prefix_stands_before_every_layers_keys(encoder: Backbone, attention: 
         model = wrapped.get_base_model()
         layers = [layer.attention.self for layer in model.base_model.encoder.layer]
         handles = [
-            layer.register_forward_hook(lambda module, args, out: seen.append((module, args[0], out[0]))) for layer in layers
+            layer.register_forward_hook(lambda module, args, out: seen.append((module, args[0], out[0])))
+            for layer in layers
         ]
         given, there = forward(backbone, model, rows)
         together = model(**given).logits
@@ -698,7 +711,10 @@ def test_what_a_model_is_is_told_before_it_is_loaded(tmp_path: Path, tiny_folder
         ({"model_type": "bert", "architectures": ["BertLMHeadModel"], "is_decoder": True}, "decoder"),
         ({"model_type": "albert", "architectures": ["AlbertForMaskedLM"]}, "encoder"),
         ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "decoder"),
-        ({"model_type": "bart", "architectures": ["BartForConditionalGeneration"], "is_encoder_decoder": True}, "encoder-decoder"),
+        (
+            {"model_type": "bart", "architectures": ["BartForConditionalGeneration"], "is_encoder_decoder": True},
+            "encoder-decoder",
+        ),
         ({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}, "decoder"),
         ({"model_type": "llama"}, "decoder"),
     ],
@@ -711,7 +727,9 @@ def test_another_model_is_refused_with_what_is_served(tiny_folder: Path, tmp_pat
     import shutil
 
     copied = shutil.copytree(tiny_folder, tmp_path / "vit")
-    (copied / "config.json").write_text(json.dumps({"model_type": "vit", "architectures": ["ViTForImageClassification"]}))
+    (copied / "config.json").write_text(
+        json.dumps({"model_type": "vit", "architectures": ["ViTForImageClassification"]})
+    )
     with pytest.raises(BackboneError, match="'vit'") as caught:
         architecture_of(locate(BackboneConfig(model=str(copied))))
     assert "xlm-roberta" in (caught.value.remedy or "")
@@ -726,12 +744,16 @@ def test_modules_of_the_head_are_no_place_for_an_adapter(encoder: Backbone) -> N
     assert encoder.target_modules("dense") == [m for m in everything if m.endswith("dense")]
 
 
-def test_plain_names_are_written_only_where_they_name_just_the_adapted_layers(encoder: Backbone, tmp_path: Path) -> None:
+def test_plain_names_are_written_only_where_they_name_just_the_adapted_layers(
+    encoder: Backbone, tmp_path: Path
+) -> None:
     chosen, still = sequences_of(encoder, "classification"), TrainingConfig(epochs=0)
     for name, modules in (("short", "attention.query,attention.value"), ("long", "all")):
         (tmp_path / name).mkdir()
         train(encoder, chosen, tmp_path / name, adapter=AdapterConfig(rank=2, modules=modules), training=still)
-    written = {n: json.loads((tmp_path / n / "adapter_config.json").read_text())["target_modules"] for n in ("short", "long")}
+    written = {
+        n: json.loads((tmp_path / n / "adapter_config.json").read_text())["target_modules"] for n in ("short", "long")
+    }
     assert written["short"] == ["query", "value"] and len(written["long"]) == 12
 
 

@@ -106,7 +106,20 @@ def test_every_linear_layer_plays_its_one_role_and_the_group_of_it(module: str) 
     assert {group for group in ("attention", "feed_forward") if plays(module, group)} == {role.split(".")[0]}
 
 
-@pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens", "score", "my_self_attn.q_proj", "xq_proj", "bert.pooler.dense", "classifier.dense", "lm_head.dense", ""])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "lm_head",
+        "model.embed_tokens",
+        "score",
+        "my_self_attn.q_proj",
+        "xq_proj",
+        "bert.pooler.dense",
+        "classifier.dense",
+        "lm_head.dense",
+        "",
+    ],
+)
 def test_other_modules_play_no_role(module: str) -> None:
     assert not any(plays(module, role) for role in ROLES)
 

@@ -105,6 +105,11 @@ def test_the_experiment_s_wording_is_trained_and_asked_and_xlt_keeps_its_own(dat
     assert asked == {"eng-ft": "paper", "xlt-eng-ft": "xlt", "adamergex": "paper"}
 
 
+def test_the_source_language_need_not_be_scored(data: Path) -> None:
+    assert {c.language for c in planned(data).cells} == {"en", "sw"}
+    assert {c.language for c in planned(data, evaluation={"source": False}).cells} == {"sw"}
+
+
 def test_candidates_may_be_written_instead_and_the_choice_stays_with_likelihood(data: Path) -> None:
     plan = planned(data, task="xcopa", development=["vi"], evaluation={"scoring": "generation", "written_limit": 7})
     tests = [s.config for s in steps(plan, "predict") if s.config["split"] == "test"]

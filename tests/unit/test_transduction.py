@@ -75,7 +75,9 @@ def test_pairs_are_the_prompt_and_the_stripped_answer(backbone: Backbone) -> Non
     assert backbone.tokenizer.decode(pair.source) == "xx<eos>"
     assert backbone.tokenizer.decode(pair.target) == "yes<eos>"
     free = Example("1", "Write.", answer=" some words", references=("some words",))
-    assert backbone.tokenizer.decode(answer_sequences(backbone, [free], 99, 99).sequences[0].target) == "some words<eos>"
+    assert (
+        backbone.tokenizer.decode(answer_sequences(backbone, [free], 99, 99).sequences[0].target) == "some words<eos>"
+    )
     with pytest.raises(DataError, match="nothing to train on"):
         answer_sequences(backbone, [], 10, 10)
 
@@ -133,18 +135,23 @@ def test_a_corrupted_text_and_its_target_are_the_text(
         else:
             parts[last].append(token)
     assert list(parts) == sentinels[: len(parts)] == [t for t in pair.source if t in sentinels]
-    whole = [w for token in pair.source[:-1] for w in (parts[token] if token in parts else [token])]
+    whole = [w for token in pair.source[:-1] for w in parts.get(token, [token])]
     assert whole == ids
 
 
-def test_a_tokenizer_without_sentinels_is_refused_with_another_task(models: dict[str, Backbone], tmp_path: Path) -> None:
+def test_a_tokenizer_without_sentinels_is_refused_with_another_task(
+    models: dict[str, Backbone], tmp_path: Path
+) -> None:
     with pytest.raises(BackboneError, match="no sentinel <extra_id_20>") as caught:
         corrupted(models["t5"], list(range(3, 200)) * 3, 0, 0)
     assert "prefix-lm" in (caught.value.remedy or "")
 
 
 def test_the_second_half_is_written_after_the_first(backbone: Backbone) -> None:
-    assert prefix_lm_sequences(backbone, [[5, 6, 7, 8, 9], []]) == [PairSequence((5, 6, 2), (7, 8, 9)), PairSequence((2,), ())]
+    assert prefix_lm_sequences(backbone, [[5, 6, 7, 8, 9], []]) == [
+        PairSequence((5, 6, 2), (7, 8, 9)),
+        PairSequence((2,), ()),
+    ]
     for build in (prefix_lm_sequences, span_corruption_sequences):
         with pytest.raises(DataError, match="too short"):
             build(backbone, [[], [1]])
@@ -269,7 +276,9 @@ def test_plain_peft_says_the_same(trained: tuple[str, Backbone, dict[str, Path]]
         assert torch.allclose(ours, expected, atol=1e-5 * (1 + float(expected.abs().max()))), structure
     again = predict_choice(backbone, Adapter.load(tmp_path / "merged"), ITEMS)
     assert again == predict_choice(backbone, merged, ITEMS) != predict_choice(backbone, task, ITEMS)
-    assert predict_choice(backbone, Graft(0).onto(task, target - source), ITEMS) == predict_choice(backbone, task, ITEMS)
+    assert predict_choice(backbone, Graft(0).onto(task, target - source), ITEMS) == predict_choice(
+        backbone, task, ITEMS
+    )
 
 
 @pytest.mark.parametrize("what", ["answers", "spans"])

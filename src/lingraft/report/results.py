@@ -53,7 +53,9 @@ def results(run: Path) -> dict[str, Any]:
         cells.setdefault((cell["method"], cell["language"]), []).append(cell)
     metric = manifest.get("metric", "accuracy")
     right = {key: _right(store, group, metric) for key, group in cells.items()}
-    names = list(dict.fromkeys(name for name, _ in cells))
+    # Those without data anywhere have a row too, which says so.
+    asked = [method(name).name for name in experiment.get("methods", ())]
+    names = dict.fromkeys([*asked, *(name for name, _ in cells)])
     experiment = _with_data(experiment, {language for _, language in cells})
     table = {name: _method(name, metric, experiment, cells, right, store) for name in names}
     return {
