@@ -38,7 +38,7 @@ MATCHED = ("en", "es", "de", "hi", "vi", "ar", "zh")
 COUNTED = ("en", "de", "fr", "ru", "sw", "th", "bn", "zh")
 MARGIN = 1e-3
 """Nats: where lm-eval's two best candidates are nearer than this, rounding decides which is chosen."""
-EXACT_ITEMS = 10
+EXACT_ITEMS = 3
 """Items of every task that lm-eval is also asked in float64."""
 
 FORMS = (
@@ -220,51 +220,51 @@ def labels(backbone: "Backbone", python: Path, data: Path, limit: int, request: 
         examples = items(task, language, data, limit)
         for scoring in ("sequence", "auto"):
             ours = [list(p.scores) for p in predict(backbone, None, examples, scoring=scoring, max_length=4096)]
-            texts = [e.candidates if scoring == "sequence" else scored_by_auto(backbone, e) for e in examples]
-            asked = [(e.prompt, c) for e, candidates in zip(examples, texts, strict=True) for c in candidates]
+            scored = [e.candidates if scoring == "sequence" else scored_by_auto(backbone, e) for e in examples]
+            asked = [(e.prompt, c) for e, candidates in zip(examples, scored, strict=True) for c in candidates]
             ways.append((f"{task} {language}, {scoring}", asked, ours))
             print(ways[-1][0], "asked of lingraft", flush=True)
-    answers = ask(python, {**request, "likelihood": [pair for _, asked, _ in ways for pair in asked]}, folder)
+    said = ask(python, {**request, "likelihood": [pair for _, asked, _ in ways for pair in asked]}, folder)
     contexts = [[*backbone.prefix, *backbone.encode(prompt)] for _, asked, _ in ways for prompt, _ in asked]
-    assert contexts == answers["context"], "the two sides read different tokens"
+    assert contexts == said["context"], "the two sides read different tokens"
     firsts = [sum(len(s) for s in ours[:EXACT_ITEMS]) for _, _, ours in ways]
     few = [pair for (_, asked, _), n in zip(ways, firsts, strict=True) for pair in asked[:n]]
     exact = iter(ask(python, {**request, "likelihood": few, "dtype": "float64"}, folder)["likelihood"])
-    values = iter(answers["likelihood"])
+    values = iter(said["likelihood"])
     found = [
         Labels(name, ours, regrouped(values, ours), regrouped(exact, ours[:EXACT_ITEMS])) for name, _, ours in ways
     ]
+    return likelihood_section(found)
+
+
+def likelihood_section(found: Sequence[Labels]) -> str:
+    """Both ways of every task, one after the other."""
     same = ", ".join(
         f"{whole.name.split(',')[0]} {sum(best(a) == best(b) for a, b in zip(first.ours, whole.theirs, strict=True))}"
         f" of {len(whole.ours)}"
         for whole, first in zip(found[::2], found[1::2], strict=True)
     )
+    header = [
+        "",
+        "items",
+        "same answer",
+        "excused",
+        "another answer",
+        "apart",
+        "ours from exact",
+        "lm-eval's from exact",
+    ]
     return f"""## Label likelihood
 
-{
-        table(
-            [
-                "",
-                "items",
-                "same answer",
-                "excused",
-                "another answer",
-                "apart",
-                "ours from exact",
-                "lm-eval's from exact",
-            ],
-            [f.row() for f in found],
-        )
-    }
+{table(header, [f.row() for f in found])}
 
 `sequence`: `predict(..., scoring="sequence")` and lm-eval on whole candidates, its `multiple_choice`. `auto`: lingraft's
 default, and lm-eval on candidates that end with the first token that differs, which is all that `auto` scores.
-Excused: another answer, but lm-eval's two best are less than {
-        MARGIN:g} nats apart. *Apart*: the largest difference, in nats,
+Excused: another answer, but lm-eval's two best are less than {MARGIN:g} nats apart. *Apart*: the largest difference, in nats,
 between the two sides' difference of two candidates (lingraft starts to count where candidates differ, which shifts an item's
-scores alike). *From exact*: the same against lm-eval in float64, the first {EXACT_ITEMS} items of every row. In
-float32 and over a vocabulary of 262,144, lm-eval's `log_softmax` makes a token too likely by up to 6e-5 (median 2e-5), lingraft's
-`logsumexp` by up to 2e-6, both against float64 on the same logits: this shows where candidates have different numbers of tokens.
+scores alike). *From exact*: the same against lm-eval in float64, the first {EXACT_ITEMS} items of every row. In float32 and over a
+vocabulary of 262,144, lm-eval's `log_softmax` makes a token too likely by up to 6e-5 (median 2e-5), lingraft's `logsumexp` by
+up to 2e-6, both against float64 on the same logits: this shows where candidates have different numbers of tokens.
 
 `auto` answers another question than whole candidates do. It chooses what lm-eval chooses from whole ones in: {same}.
 """

@@ -213,7 +213,7 @@ def part_of(adapter: Adapter, module: str, shape: tuple[int, int], *, checked: b
 
 def merged_sidecar(first: Adapter) -> dict[str, Any]:
     """What a merged adapter keeps of the notes on the one it is built on."""
-    return {k: v for k, v in first.sidecar.items() if k in ("format", "kind", "backbone", "family")}
+    return {k: v for k, v in first.sidecar.items() if k in ("format", "kind", "backbone", "family", "head")}
 
 
 def retargeted(config: Mapping[str, Any], layout: Mapping[str, Place]) -> dict[str, Any]:

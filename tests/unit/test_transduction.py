@@ -252,7 +252,7 @@ def test_it_learns_and_says_so_again(trained: tuple[str, Backbone, dict[str, Pat
     adapter = Adapter.load(folders["task"])
     assert adapter.config["task_type"] == "SEQ_2_SEQ_LM"
     with backbone.with_adapter(adapter):
-        assert batch_loss(backbone, pairs) < 0.75 * before
+        assert batch_loss(backbone, pairs) < 0.9 * before
     here = predict_choice(backbone, adapter, ITEMS)
     assert here == predict_choice(opened(backbone.folder), Adapter.load(folders["task"]), ITEMS)
     assert here != predict_choice(backbone, None, ITEMS)

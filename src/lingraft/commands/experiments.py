@@ -55,7 +55,8 @@ def run_experiment(
             events=Events(watcher.step, watcher.progress, watcher.failure),
         )
     if outcome.ran == 0:
-        stderr().print(f"nothing to do: all {outcome.kept} steps are finished", highlight=False)
+        done = f"all {outcome.kept} steps are finished" if outcome.kept else "no method has data"
+        stderr().print(f"nothing to do: {done}", highlight=False)
     return show_report(out, as_json, fresh=outcome.ran > 0)
 
 
