@@ -545,7 +545,8 @@ def main() -> None:
     heading = [
         "# Agreement with lm-evaluation-harness",
         "",
-        "    .venv/bin/python benchmarks/lm_eval_agreement.py --lm-eval PYTHON --squad PYTHON --data-dir DIR",
+        "    .venv/bin/python benchmarks/lm_eval_agreement.py --lm-eval PYTHON --squad PYTHON --data-dir DIR"
+        f" --items {options.items} --texts {options.texts}",
         "",
         f"{time.strftime('%B %Y')}; commit {commit()}; {machine()}, {options.threads} thread(s). "
         f"Both sides load the same folder of {backbone.located.name} in float32 on the CPU.",

@@ -167,6 +167,40 @@ class Backbone:
         """The bound of the logits, where the architecture has one (Gemma 2)."""
         return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
 
+    @contextmanager
+    def greedy(self, new_tokens: int) -> Iterator[Any]:
+        """Generation that takes the likeliest token each time and nothing from the model's own defaults but its special tokens.
+
+        transformers fills what a configuration leaves open from the model's: a repetition penalty that ships with it, too.
+
+        Args:
+            new_tokens: At most so many tokens.
+
+        Yields:
+            The configuration to generate with.
+        """
+        from transformers import GenerationConfig
+
+        model: Any = self.model
+        own = model.generation_config
+        ends = getattr(own, "eos_token_id", None)
+        ends = [ends] if isinstance(ends, int) else list(ends or [])
+        end = self.tokenizer.eos_token_id
+        values: dict[str, Any] = {
+            "eos_token_id": sorted({*ends, *([end] if isinstance(end, int) else [])}) or None,
+            "pad_token_id": self.pad_id,
+        }
+        start = getattr(own, "decoder_start_token_id", None)
+        if start is None:
+            start = getattr(model.config, "decoder_start_token_id", None)
+        if start is not None:
+            values["decoder_start_token_id"] = start
+        model.generation_config = GenerationConfig(**values)
+        try:
+            yield GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=new_tokens, **values)
+        finally:
+            model.generation_config = own
+
     @property
     def longest(self) -> int | None:
         """The most tokens the model has positions for; None where there is no such bound."""

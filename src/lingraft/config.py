@@ -100,7 +100,9 @@ class TrainingConfig(Config):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = Field(default=0, ge=0)
     clip: float = Field(default=0.3, gt=0, description="maximum gradient norm")
-    max_length: int = Field(default=1024, ge=8, description="tokens; longer prompts lose their beginning")
+    max_length: int = Field(
+        default=1024, ge=8, description="tokens; a longer prompt loses its context's end or its beginning"
+    )
     loss_positions: float = Field(
         default=1.0, gt=0, le=1, description="share of the positions at which language modelling takes a loss"
     )
@@ -303,6 +305,10 @@ class Experiment(Config):
             if len(set(names)) < len(names):
                 raise ValueError(f"'{what}' names something twice")
         overlap = set(self.targets) & set(self.development)
+        if overlap and self.selection.weight is None and self.evaluation.split in self.selection.splits:
+            raise ValueError(
+                f"λ would be chosen on the items that are reported: {sorted(overlap)} on '{self.evaluation.split}'"
+            )
         if overlap and self.protocol != PAPER:
             raise ValueError(
                 f"{sorted(overlap)} stand in both 'targets' and 'development': λ must not be tuned on a test language"

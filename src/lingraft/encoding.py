@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -112,6 +112,10 @@ def _backend(backbone: Backbone) -> Any:
     return found
 
 
+_LEAST = 16
+"""Tokens of a context that a window must hold beside its question."""
+
+
 def _shares(first: int, last: int, room: int, *, keep_last: bool) -> tuple[int, int]:
     """How many tokens of two parts fit; one of them is cut, and the other only where it is longer than half of the room."""
     if keep_last:
@@ -132,10 +136,12 @@ def _rows(
         last: The last, which is cut where both are too long.
         max_length: Tokens.
         keep_last: Whether the first is cut instead: the last is an option.
-        windows: Whether instead of being cut the last is read in several rows, each a third over the one before.
+        windows: Whether instead of being cut the last is read in several rows, each a third over the one before; the first, a
+            question, is never cut then.
 
     Raises:
         UserError: There is no room for text.
+        DataError: A question leaves no room for its context.
     """
     backend = _backend(backbone)
     room = _room(backbone, max_length) - backend.num_special_tokens_to_add(first is not None)
@@ -144,9 +150,17 @@ def _rows(
     before = None if first is None else backend.encode(first, add_special_tokens=False)
     behind = backend.encode(last, add_special_tokens=False)
     kept = _shares(0 if before is None else len(before), len(behind), room, keep_last=keep_last)
+    if windows and before is not None:
+        if room - len(before) < _LEAST:
+            raise DataError(
+                f"a question of {len(before)} tokens leaves no room for its context in {room}",
+                remedy="raise max_length (training.max_length) or leave the item out",
+            )
+        kept = len(before), min(len(behind), room - len(before))
     cut_first, cut_last = before is not None and len(before) > kept[0], len(behind) > kept[1]
     if before is not None:
-        before.truncate(kept[0])
+        # Before an option stands the question, at the end of the first text.
+        before.truncate(kept[0], direction="left" if keep_last else "right")
     behind.truncate(kept[1], stride=kept[1] // 3 if windows else 0)
     found = []
     for piece in (behind, *behind.overflowing) if windows else (behind,):
@@ -200,6 +214,15 @@ def _tokens_of(row: Row, span: tuple[int, int]) -> tuple[int, int] | None:
     return row.start + inside[0], row.start + inside[-1]
 
 
+def _answer(example: Example) -> tuple[int, int] | None:
+    """The characters of the right answer, without blanks around it: no token stands for those alone."""
+    if example.span is None:
+        return None
+    first, last = example.span
+    text = example.parts[-1][first:last]
+    return first + len(text) - len(text.lstrip()), last - len(text) + len(text.rstrip())
+
+
 def labelled_sequences(backbone: Backbone, examples: Sequence[Example], head: Head, max_length: int) -> Encoded:
     """Items with their right answers, for training.
 
@@ -220,9 +243,10 @@ def labelled_sequences(backbone: Backbone, examples: Sequence[Example], head: He
         rows = _item(backbone, example, head, max_length, head.kind == "span")
         target: tuple[int, ...] = (example.gold,)
         if head.kind == "span":
-            if example.span is None:
+            span = _answer(example)
+            if span is None:
                 raise DataError("this item does not say where its answer stands", where=example.id)
-            places = [(row, place) for row in rows if (place := _tokens_of(row, example.span))]
+            places = [(row, place) for row in rows if (place := _tokens_of(row, span))]
             if not places:
                 left_out.append(example.id)
                 continue
@@ -327,13 +351,20 @@ class _Masked:
     labels: np.ndarray[Any, Any]
 
 
+@lru_cache(maxsize=4)
+def _vocabulary(tokenizer: Any) -> tuple[frozenset[int], np.ndarray[Any, Any]]:
+    """The special ids, and all others; made once, as for 250,000 tokens it takes a quarter of a second."""
+    special = frozenset(tokenizer.all_special_ids)
+    return special, np.setdiff1d(np.arange(len(tokenizer)), sorted(special))
+
+
 def mask(backbone: Backbone, ids: Sequence[int], seed: int, number: int) -> _Masked:
     """Masks a text.
 
     What is drawn for a position depends on the seed, the text's place in its batch, and the position: in parallel text the same
     positions are drawn in both languages.
     """
-    special = set(backbone.tokenizer.all_special_ids)
+    special, vocabulary = _vocabulary(backbone.tokenizer)
     whole = np.array(ids)
     free = np.array([n for n, token in enumerate(ids) if token not in special], dtype=int)
     chance, way = (np.random.default_rng([seed, number, n]).random(len(ids)) for n in range(2))
@@ -341,7 +372,6 @@ def mask(backbone: Backbone, ids: Sequence[int], seed: int, number: int) -> _Mas
     if len(free) and not len(chosen):  # At least one, or short texts would say nothing.
         chosen = free[[int(np.argmin(chance[free]))]]
     changed = whole.copy()
-    vocabulary = np.setdiff1d(np.arange(len(backbone.tokenizer)), sorted(special))
     others = vocabulary[np.random.default_rng([seed, number, 2]).integers(len(vocabulary), size=len(ids))]
     masked, replaced = chosen[way[chosen] < 0.8], chosen[way[chosen] >= 0.9]
     changed[masked] = backbone.tokenizer.mask_token_id
@@ -516,7 +546,8 @@ def predict_span(
     for example, rows, values in zip(examples, items, logits, strict=True):
         first, last = _best(rows, values, longest)
         text = example.parts[-1][first:last]
-        gold = None if example.span is None else _likelihood(rows, values, example.span)
+        span = _answer(example)
+        gold = None if span is None else _likelihood(rows, values, span)
         cut = any(row.truncated for row in rows)
         found.append(Generated(example.id, _shown(example), text, example.references, gold, cut))
     return found
@@ -539,13 +570,18 @@ def _best(rows: Sequence[Row], values: Sequence[torch.Tensor], longest: int) -> 
 
 
 def _likelihood(rows: Sequence[Row], values: Sequence[torch.Tensor], span: tuple[int, int]) -> float | None:
-    """Mean log-likelihood of an answer's first and last token, over all windows; None where no window holds it whole."""
-    places = [(n, place) for n, row in enumerate(rows) if (place := _tokens_of(row, span))]
-    if not places:
-        return None
+    """Mean log-likelihood of an answer's first and last token, each over all windows that hold it; None where there is none."""
     total = 0.0
-    for end in range(2):
+    for end, character in enumerate((span[0], span[1] - 1)):
+        places = [
+            (number, row.start + place)
+            for number, row in enumerate(rows)
+            for place, (first, last) in enumerate(row.offsets)
+            if first <= character < last
+        ]
+        if not places:
+            return None
         everything = torch.logsumexp(torch.cat([value[end] for value in values]), dim=0)
-        right = torch.logsumexp(torch.stack([values[n][end, place[end]] for n, place in places]), dim=0)
+        right = torch.logsumexp(torch.stack([values[n][end, place] for n, place in places]), dim=0)
         total += float(right - everything)
     return total / 2

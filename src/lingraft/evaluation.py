@@ -28,7 +28,8 @@ class Asking:
         scoring: `first_token`, `sequence`, or `auto`, which takes the first where it is unambiguous: candidates are compared by
             likelihood. `generation`: the model writes. `gold`: only the right answer's likelihood is asked for.
         normalised: Compare candidates by the mean over their tokens, not by the sum (`sequence`).
-        max_length: Tokens of prompt and answer; a longer prompt loses some of its context, or its beginning.
+        max_length: Tokens of prompt and candidate, or of the prompt where the model writes; a longer prompt loses some of its
+            context, or its beginning.
         new_tokens: For `generation`, at most so many tokens.
         stop: For `generation`, strings at which a text ends.
         batch_tokens: Padded tokens in a batch; changes speed only. None: 2,048 where texts are read, as many as keep the cache

@@ -5,10 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from lingraft.backbones import Backbone
 from lingraft.batching import cut
+from lingraft.errors import UserError
 from lingraft.likelihood import autocast
 from lingraft.prefixes import attention_shape
 from lingraft.tasks.items import Example
@@ -29,20 +30,6 @@ class _Stop(StoppingCriteria):
         texts = self.backbone.tokenizer.batch_decode(written, skip_special_tokens=True)
         ended = [any(s in text.lstrip() for s in self.strings) for text in texts]
         return torch.tensor(ended, device=input_ids.device)
-
-
-def greedy(backbone: Backbone, new_tokens: int) -> GenerationConfig:
-    """The likeliest token each time, whatever the model's own defaults for sampling are."""
-    ends = getattr(backbone.model.generation_config, "eos_token_id", None)
-    ends = [ends] if isinstance(ends, int) else list(ends or [])
-    own = backbone.tokenizer.eos_token_id
-    return GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=new_tokens,
-        eos_token_id=sorted({*ends, *([own] if isinstance(own, int) else [])}) or None,
-        pad_token_id=backbone.pad_id,
-    )
 
 
 def ended(text: str, stop: Sequence[str]) -> str:
@@ -69,18 +56,29 @@ def written(
         examples: The items.
         new_tokens: At most so many tokens are written.
         stop: Strings at which a text ends; they are not part of it.
-        max_length: Tokens of prompt and text together; a longer prompt loses some of its context, or its beginning.
+        max_length: Tokens of a prompt; a longer one loses some of its context, or its beginning. What is written comes on top, as
+            far as the model has positions.
         batch_tokens: Padded tokens of prompts and texts in a batch; changes speed only. None: as many as keep the keys and values
             within 4 GiB.
         progress: Called with the items done and the items in all.
 
     Returns:
         For every item the text, and whether its prompt was cut.
+
+    Raises:
+        UserError: The model has no positions left for a prompt.
+        DataError: A prompt is too long even without its context.
     """
+    room = max_length if backbone.longest is None else min(max_length, backbone.longest - new_tokens)
+    if room <= len(backbone.prefix):
+        raise UserError(
+            f"no room is left for a prompt: the model has {backbone.longest} positions, and {new_tokens} tokens are to be written",
+            remedy="give a smaller evaluation.new_tokens",
+        )
     prompts: list[tuple[int, list[int], bool]] = []
     for number, example in enumerate(examples):
         ids = backbone.encode(example.prompt)
-        excess = len(backbone.prefix) + len(ids) + new_tokens - max_length
+        excess = len(backbone.prefix) + len(ids) - room
         kept = cut(backbone, example.prompt, ids, excess, example.cuttable, example.id)
         prompts.append((number, [*backbone.prefix, *kept], excess > 0))
     found: list[tuple[str, bool]] = [("", False)] * len(examples)
@@ -138,11 +136,11 @@ def _continued(backbone: Backbone, rows: Sequence[list[int]], new_tokens: int, s
         ids[number, width - len(row) :] = torch.tensor(row)
         mask[number, width - len(row) :] = 1
     criteria = StoppingCriteriaList([_Stop(backbone, width, tuple(stop))] if stop else [])
-    with autocast(backbone), _packed_head(backbone):
+    with autocast(backbone), _packed_head(backbone), backbone.greedy(new_tokens) as configuration:
         out = backbone.model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids.to(backbone.device),
             attention_mask=mask.to(backbone.device),
-            generation_config=greedy(backbone, new_tokens),
+            generation_config=configuration,
             stopping_criteria=criteria,
         )
     return backbone.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)  # pyright: ignore[reportIndexIssue, reportArgumentType]

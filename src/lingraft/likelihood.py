@@ -96,8 +96,22 @@ def _whole(
     return _Query(number, kept, len(kept) - len(rest) - 1, asked, candidate, excess > 0)
 
 
+def _begins(rows: Sequence[list[int]]) -> bool:
+    """Whether a row is the beginning of another."""
+    return any(a is not b and b[: len(a)] == a for a in rows for b in rows)
+
+
 def _queries(backbone: Backbone, number: int, example: Example, scoring: str, max_length: int) -> list[_Query]:
     whole = [backbone.encode(example.prompt + c) for c in example.candidates]
+    if _begins(whole):  # Else the shorter one, whose tokens all are the longer's too, would always win.
+        end = backbone.tokenizer.eos_token_id
+        if not isinstance(end, int):
+            raise UserError(
+                "one candidate is the beginning of another, and the tokenizer has no end of text to tell them apart",
+                where=f"item {example.id}: {', '.join(example.candidates)}",
+                remedy="give answers of which none begins another",
+            )
+        whole = [[*ids, end] for ids in whole]
     # Tokens that all candidates share say nothing about which is right, wherever the prompt itself ends.
     shared = shared_start(whole)
     rests = [ids[shared:] for ids in whole]

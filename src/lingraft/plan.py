@@ -170,7 +170,9 @@ class _Planner:
             *self.selections.values(),
             *(step for c in cells for step in (c.score, c.adapter) if step),
         ]
-        return Plan(experiment, ordered(ends), tuple(cells), self.selections, comparisons, tuple(absent))
+        steps = ordered(ends)
+        _check_apart(steps, experiment.task)
+        return Plan(experiment, steps, tuple(cells), self.selections, comparisons, tuple(absent))
 
     def languages(self, row: Method, absent: list[tuple[str, str, str]]) -> list[str]:
         """The languages in which a method has a number; those in which it has none are noted, with the reason."""
@@ -246,12 +248,17 @@ class _Planner:
 
     def task_adapter(self, language: str, seed: int, start_from: Step | None = None) -> Step:
         """The task's adapter in a language, from its initial weights or from another adapter."""
-        return self._labelled(self.task, language, self.experiment.training, seed, start_from)
+        return self._labelled(self.task, language, "train", self.experiment.training, seed, start_from)
 
     def _labelled(
-        self, task: Task, language: str, training: TrainingConfig, seed: int, start_from: Step | None = None
+        self,
+        task: Task,
+        language: str,
+        split: str,
+        training: TrainingConfig,
+        seed: int,
+        start_from: Step | None = None,
     ) -> Step:
-        split = "train" if task is self.task else self.experiment.reference.split
         after = "" if start_from is None else f" after {start_from.config['language']} {self.experiment.reference.task}"
         prompt = self.experiment.prompt if task is self.task else "default"
         config: dict[str, Any] = {"task": task.spec(prompt), "language": language, "split": split}
@@ -274,13 +281,14 @@ class _Planner:
         """The reference task's adapter in a language."""
         config = self.experiment.reference
         if self.reference_task is not None:
-            return self._labelled(self.reference_task, language, self.experiment.reference_values, seed)
+            return self._labelled(self.reference_task, language, config.split, self.experiment.reference_values, seed)
         what: dict[str, Any] = {"reference": config.key("text", "data_dir"), "language": language}
         if config.task == "mlm":
             what["head"] = {"kind": "masked_lm", "labels": 0}
+        # Plain text has no items and no answers: what is said of these is no reason to read it again.
         return self._training(
             what,
-            self.experiment.reference_values,
+            self.experiment.reference_values.model_copy(update=_OF_ITEMS),
             seed,
             {},
             {"text": reference_text(config, language, self.experiment.data_dir).digest()},
@@ -329,7 +337,12 @@ class _Planner:
         """The adapter that all trainings of a seed start from; its update is zero."""
         training = TrainingConfig(epochs=0)
         return self._training(
-            {"initial": True, "language": "-"}, training, seed, {}, {}, f"initial adapter seed {seed}"
+            {"initial": True, "language": "-", **(self._head(self.reference_task) if self.reference_task else {})},
+            training,
+            seed,
+            {},
+            {},
+            f"initial adapter seed {seed}",
         )
 
     def _training(
@@ -428,7 +441,8 @@ class _Planner:
             return {"scoring": "gold"}
         if likelihood and (evaluation.scoring != "generation" or choosing):
             scoring = "auto" if evaluation.scoring == "generation" else evaluation.scoring
-            return {"scoring": scoring, **({"normalised": True} if evaluation.normalised else {})}
+            ends = {"ends": True} if _begun(task.prompt(prompt).answers or task.answers) else {}
+            return {"scoring": scoring, **({"normalised": True} if evaluation.normalised else {}), **ends}
         wording = task.prompt(prompt)
         tokens = evaluation.new_tokens or wording.new_tokens
         return {"scoring": "generation", "new_tokens": tokens, "stop": list(wording.stop)}
@@ -521,7 +535,8 @@ class _Planner:
             graft = {**self.graft_config(row), "weight": weight}
             inputs = self.graft_inputs(row, language, seed)
             label = f"{row.name.partition(':')[0]} λ={weight:g} seed {seed}"
-        prompt = self.experiment.prompt
+        # Reasoning has no likelihood: a weight is then chosen by the candidates after the default prompt.
+        prompt = self.experiment.prompt if not self.task.prompt(self.experiment.prompt).generate else "default"
         if row.criterion == "likelihood":
             return self.reading(inputs, graft, language, split, label)
         return self.scores(self.prediction(inputs, graft, language, split, label, prompt=prompt, choosing=True))
@@ -566,8 +581,33 @@ class _Planner:
         return self.step("compare", {}, inputs, {}, f"compare {more}references {languages} seed {seed}")
 
 
+def _check_apart(steps: Sequence[Step], task: str) -> None:
+    """Makes sure that no reference task is learned from the rows of a test: data sets share items under other names.
+
+    Raises:
+        ConfigError: A training reads a test's rows.
+    """
+    tested = {step.reads["rows"] for step in steps if step.kind == "predict" and step.config["split"] == "test"}
+    for step in steps:
+        if step.kind == "train" and step.reads.get("rows") in tested and step.config["task"]["task"] != task:
+            raise ConfigError(
+                f"'{step.label}' would read the rows of a test",
+                remedy="take another reference task, or another reference.split",
+            )
+
+
+def _begun(answers: Mapping[str, str]) -> bool:
+    """Whether an answer is the beginning of another: then the end of text belongs to every answer."""
+    texts = list(answers.values())
+    return any(one != other and other.startswith(one) for one in texts for other in texts)
+
+
 _CRITERION = {"labels": "gold_log_likelihood", "entropy": "entropy", "likelihood": "text_log_likelihood"}
 """What of a candidate's figures a criterion compares."""
+
+
+_OF_ITEMS = {name: TrainingConfig.model_fields[name].default for name in TrainingConfig.later}
+"""Training values that concern items with answers, at their defaults."""
 
 
 def _wording(prompt: str) -> dict[str, str]:

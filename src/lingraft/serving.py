@@ -34,6 +34,11 @@ def check_served(architecture: str, task: Task, experiment: Experiment, methods:
             f"the reference task '{reference.task}' is not one that {_a(architecture)} learns",
             remedy=f"use reference.task={learns}, or a task with labels in all the languages",
         )
+    if architecture == "encoder-decoder" and experiment.adapter.family == "prefix":
+        raise ConfigError(
+            "a prefix cannot be put on an encoder-decoder, which has two stacks of layers",
+            remedy="use lora, ia3 or bottleneck",
+        )
     for row in methods:
         if encoder and (row.adapter == "none" or row.prompt is not None):
             raise ConfigError(

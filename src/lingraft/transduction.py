@@ -57,7 +57,10 @@ def _end(backbone: Backbone) -> tuple[int, ...]:
 def read(backbone: Backbone, example: Example, max_input: int) -> tuple[tuple[int, ...], bool]:
     """An item's prompt as ids, end of text included, and whether some of it had to be cut.
 
-    A prompt that is too long loses the end of its part that may be cut, then its beginning.
+    A prompt that is too long loses the end of the part that may be cut; where there is none, its beginning.
+
+    Raises:
+        DataError: It is too long even without that part.
     """
     end = _end(backbone)
     room = max_input - len(end)
@@ -70,9 +73,13 @@ def read(backbone: Backbone, example: Example, max_input: int) -> tuple[tuple[in
         return (*ids, *end), False
     first, last = example.cuttable
     inside = [n for n, (a, b) in enumerate(given["offset_mapping"]) if a >= first and b <= last]
-    gone = set(inside[max(0, len(inside) - over) :])
-    ids = [token for n, token in enumerate(ids) if n not in gone]
-    return (*ids[max(0, len(ids) - room) :], *end), True
+    if len(inside) < over:
+        raise DataError(
+            f"item {example.id} is too long for the model even without its context ({len(ids) - len(inside)} tokens)",
+            remedy="raise max_length (training.max_length) or leave the item out",
+        )
+    gone = set(inside[len(inside) - over :])
+    return (*(token for n, token in enumerate(ids) if n not in gone), *end), True
 
 
 def _written(backbone: Backbone, text: str, max_output: int | None = None) -> tuple[int, ...]:
@@ -377,13 +384,6 @@ def _texts(backbone: Backbone, rows: Sequence[Sequence[int]], max_output: int) -
     """What is written, special tokens left out."""
     ids, mask = _padded(backbone, rows)
     model: Any = backbone.model
-    with _autocast(backbone):
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_output,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=backbone.pad_id,
-        )
+    with _autocast(backbone), backbone.greedy(max_output) as configuration:
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=configuration)
     return [str(backbone.tokenizer.decode(row, skip_special_tokens=True)) for row in out.tolist()]

@@ -12,6 +12,7 @@ from lingraft.config import Experiment, load_experiment
 from lingraft.languages import LANGUAGES
 from lingraft.methods import method
 from lingraft.predictions import read_generated, read_predictions
+from lingraft.protocols import PAPER_TARGETS
 from lingraft.store import read_json, write_json
 from tests.conftest import save_tiny_model
 from tests.integration.tiny_data import PARALLEL, write_all
@@ -298,6 +299,8 @@ def test_the_paper_s_figures_stand_beside_those_of_a_backbone_of_its_name(compar
     named = {
         **manifest["experiment"],
         "backbone": {**manifest["experiment"]["backbone"], "model": "NousResearch/Llama-2-7b-hf"},
+        "targets": list(PAPER_TARGETS["xcopa"]),
+        "evaluation": {**manifest["experiment"]["evaluation"], "limit": None, "written_limit": None},
     }
     other = compared.parent / "named"
     other.mkdir()

@@ -155,3 +155,17 @@ def test_wrong_rules_are_refused():
         Rule.from_dict({"kind": "number", "markers": "x"})
     with pytest.raises(ConfigError, match="lacks its kind"):
         Rule.from_dict({})
+
+
+@pytest.mark.parametrize("language", ["de", "fr", "es", "ru"])
+def test_a_number_may_be_grouped_as_its_language_has_it_or_as_english_has_it(language: str) -> None:
+    rule = Rule("number", marker="####")
+    for text, right in (
+        ("#### 1,200", 1.0),
+        ("#### 1.200", 1.0),
+        ("#### 1200", 1.0),
+        ("#### 12", 0.0),
+        ("#### 120,0", 0.0),
+    ):
+        scored = read(Generated("x", "?", text, ("1,200",)), rule, language)
+        assert scored.figures["accuracy"] == right, text

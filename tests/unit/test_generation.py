@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from lingraft.backbones import Backbone
 from lingraft.batching import answer_sequences
-from lingraft.errors import DataError
+from lingraft.errors import DataError, UserError
 from lingraft.evaluation import Asking, ask
 from lingraft.generation import ended
 from lingraft.metrics import Generated
@@ -101,3 +102,31 @@ def test_a_candidate_s_score_may_be_the_mean_of_its_tokens(tiny: Backbone) -> No
     shared = len(tiny.encode("Pick: "))
     lengths = [len(tiny.encode("Pick:" + c)) - shared for c in example.candidates]
     assert mean.scores == pytest.approx([s / n for s, n in zip(total.scores, lengths, strict=True)], abs=1e-5)
+
+
+def test_what_is_written_comes_on_top_of_the_prompt_s_room(tiny: Backbone) -> None:
+    """A prompt is not cut to make room for a long answer, unless the model has no positions for both."""
+    (said,) = ask(tiny, None, [ITEMS[3]], Asking(scoring="generation", new_tokens=64, max_length=64, stop=()))
+    assert said.text == plain_continuation(tiny, ITEMS[3].prompt, 64).lstrip() and not said.truncated
+    with pytest.raises(UserError, match="no room is left for a prompt"):
+        ask(tiny, None, [ITEMS[3]], Asking(scoring="generation", new_tokens=512, max_length=64))
+
+
+def test_the_model_s_own_defaults_for_sampling_and_penalties_change_nothing(tiny: Backbone) -> None:
+    plain = ask(tiny, None, ITEMS, Asking(scoring="generation", new_tokens=8, stop=()))
+    own = tiny.model.generation_config
+    tiny.model.generation_config = GenerationConfig(
+        do_sample=True, temperature=5.0, repetition_penalty=1e-4, eos_token_id=2, pad_token_id=0
+    )
+    try:
+        changed = ask(tiny, None, ITEMS, Asking(scoring="generation", new_tokens=8, stop=()))
+        assert tiny.model.generation_config.repetition_penalty == 1e-4  # put back
+    finally:
+        tiny.model.generation_config = own
+    assert [x.text for x in changed] == [x.text for x in plain]
+
+
+def test_a_candidate_that_begins_another_does_not_win_by_being_shorter(tiny: Backbone) -> None:
+    example = Example("b", "Pick:", (" a", " ab c"), 0)
+    (found,) = ask(tiny, None, [example], Asking(scoring="sequence"))
+    assert found.scores[0] < 0  # the end of text has to be likely, too

@@ -20,6 +20,7 @@ def experiment(**changes: Any) -> dict[str, Any]:
     return {
         "task": "xnli",
         "source": "en",
+        "targets": list(PAPER_TARGETS.get(changes.get("task", "xnli"), ("sw",))),
         "backbone": {"model": "NousResearch/Llama-2-7b-hf"},
         "adapter": {"family": "lora"},
         "reference": {"task": "clm"},
@@ -53,6 +54,11 @@ def test_a_setting_of_the_paper_has_its_figures() -> None:
         {"backbone": {"model": "meta-llama/Llama-2-7b-chat-hf"}},
         {"backbone": {"model": "meta-llama/Llama-2-13b-hf"}},
         {"adapter": {"family": "bottleneck"}},
+        {"targets": ["sw"]},
+        {"evaluation": {"limit": 10}},
+        {"evaluation": {"written_limit": 10}},
+        {"evaluation": {"split": "validation"}},
+        {"backbone": {"model": "NousResearch/Llama-2-7b-hf", "quantization": "nf4"}},
     ],
     ids=str,
 )

@@ -136,6 +136,14 @@ def test_options_that_came_later_are_in_no_key_until_they_are_used() -> None:
     assert ReferenceConfig(hub="a/b").key()["hub"] == "a/b"
 
 
+def test_reasoning_has_no_likelihood_so_a_weight_is_chosen_after_the_default_prompt(data: Path) -> None:
+    plan = planned(data, task="xcopa", development=["vi"], prompt="xlt")
+    choices = [s.config for s in steps(plan, "predict") if s.config["split"] == "validation"]
+    tests = [s.config for s in steps(plan, "predict") if s.config["split"] == "test"]
+    assert {(c["scoring"], c.get("prompt")) for c in choices} == {("auto", None)}
+    assert {(c["scoring"], c["prompt"]) for c in tests} == {("generation", "xlt")}
+
+
 # Reference tasks.
 
 
@@ -145,6 +153,36 @@ def test_a_task_with_labels_is_the_reference_of_another(data: Path) -> None:
     )
     trained = {(s.config["task"]["task"], s.config["language"]) for s in steps(plan, "train")}
     assert trained == {("xcopa", "en"), ("nusax", "th"), ("nusax", "en")}
+
+
+def test_a_sample_of_training_items_leaves_the_reference_text_as_it_was(data: Path) -> None:
+    whole, sample = planned(data), planned(data, training={"limit": 9})
+    keys = [{s.key for s in steps(p, "train") if "reference" in s.config} for p in (whole, sample)]
+    assert keys[0] == keys[1] and len(keys[0]) == 3
+
+
+def test_the_task_itself_may_be_the_reference_from_another_split(data: Path) -> None:
+    (data / "copa_en/val.jsonl").write_text("x\n")
+    reference = {"task": "xcopa", "split": "validation"}
+    plan = planned(data, task="xcopa", development=[], reference=reference, selection={"weight": 1.0})
+    trained = {(s.config["language"], s.config["split"]) for s in steps(plan, "train")}
+    assert trained == {("en", "train"), ("en", "validation"), ("sw", "validation")}
+
+
+def test_no_reference_is_learned_from_the_rows_of_a_test(data: Path) -> None:
+    (data / "tydiqa_goldp").mkdir()
+    for name in ("english_tydiqa_train", "english_tydiqa_dev", "swahili_tydiqa_dev"):
+        (data / f"tydiqa_goldp/{name}.json").write_text("x\n")
+    reference = {"task": "xquad-tydiqa", "split": "validation"}
+    with pytest.raises(ConfigError, match="would read the rows of a test"):
+        planned(data, task="tydiqa", development=[], reference=reference, selection={"weight": 1.0})
+
+
+def test_an_encoder_without_a_language_head_has_an_initial_adapter_all_the_same(data: Path) -> None:
+    changes = {"task": "xcopa", "targets": ["th"], "development": [], "selection": {"weight": 1.0}}
+    plan = planned(data, "encoder", reference={"task": "nusax"}, methods=["control-add"], **changes)
+    (initial,) = [s for s in steps(plan, "train") if s.config.get("initial")]
+    assert initial.config["head"] == {"kind": "classification", "labels": 3}
 
 
 def test_labels_of_the_reference_task_may_be_in_another_split(data: Path) -> None:
@@ -226,6 +264,11 @@ def test_under_the_paper_s_protocol_a_tuned_language_is_reported_and_said_not_to
     assert any("Swahili is also a target, so not held out" in note for note in notes(results(run)))
 
 
+def test_a_tuned_language_is_never_reported_on_the_items_it_was_tuned_on() -> None:
+    with pytest.raises(ConfigError, match="on the items that are reported"):
+        load_experiment(RECIPES / "llama2-lora.yaml", ["evaluation.split=validation"])
+
+
 # What cannot be.
 
 
@@ -245,6 +288,11 @@ def test_under_the_paper_s_protocol_a_tuned_language_is_reported_and_said_not_to
         ("decoder", {"task": "nusax", "methods": ["xlt-adamergex"]}, "'nusax' has no prompt 'xlt-adamergex'"),
         ("decoder", {"prompt": "papr"}, "no prompt 'papr'.*paper"),
         ("decoder", {"task": "xquad", "targets": ["th"], "development": ["vi"]}, "λ cannot be chosen on Vietnamese"),
+        (
+            "encoder-decoder",
+            {"reference": {"task": "prefix-lm", "text": "text/{language}.txt"}, "adapter": {"family": "prefix"}},
+            "two stacks",
+        ),
         ("decoder", {"methods": ["projection"]}, "line by line|plain text"),
     ],
 )  # fmt: skip

@@ -83,7 +83,8 @@ class Rule:
 def read(generated: Generated, rule: Rule, language: str) -> Scored:
     """Reads and scores an item's answer. What cannot be parsed is None and 0 in every figure.
 
-    Right numbers are read as data files write them, 1,234.5, whatever the language.
+    Right numbers are read as data files write them, 1,234.5, whatever the language; a model's number is right by its language's
+    way of writing or by that one.
 
     Args:
         generated: What a model wrote.
@@ -105,6 +106,11 @@ def read(generated: Generated, rule: Rule, language: str) -> Scored:
     figures = dict.fromkeys(FIGURES[rule.kind], 0.0)
     if parsed.value is not None:
         figures = compare(parsed.value, right, rule, language)
+    if rule.kind == "number" and not figures["accuracy"]:
+        # A model that learned from English data may write 1,200 in German text too.
+        other = parse_number(generated.text, rule.marker)
+        if other.value is not None and (again := compare(other.value, right, rule, language))["accuracy"]:
+            return Scored(generated.id, other.value, f"{other.reason}, as English writes numbers", again)
     return Scored(generated.id, parsed.value, parsed.reason, figures)
 
 

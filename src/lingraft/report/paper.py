@@ -98,9 +98,15 @@ def published(experiment: Mapping[str, Any]) -> list[Published]:
 
     Returns:
         Figures of its backbone and structure: of its task, and averages over the paper's five tasks where it is one of them.
-        None at all where source or reference task are not the paper's.
+        None at all where source, reference task, target languages, items or the base's precision are not the paper's.
     """
     reference = experiment.get("reference") or {}
+    evaluation = experiment.get("evaluation") or {}
+    sampled = evaluation.get("limit") or evaluation.get("written_limit") or evaluation.get("split", "test") != "test"
+    if sampled or experiment["backbone"].get("quantization", "none") != "none":
+        return []
+    if set(experiment["targets"]) != set(PAPER_TARGETS.get(experiment["task"], ())):
+        return []
     if experiment["source"] != "en" or reference.get("task", "clm") not in TEXT_TASKS or experiment["task"] not in FIVE:
         return []
     backbone = _backbone(experiment["backbone"]["model"])

@@ -4,7 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from lingraft.errors import StoreError
 from lingraft.languages import name_of
+from lingraft.metrics import Generated
 from lingraft.plan import Plan, Step
 from lingraft.predictions import read_generated, read_predictions
 from lingraft.report.tables import Table, percent
@@ -45,17 +47,26 @@ def _scored(select: Step, weight: str, store: Store) -> Scored:
         here, language, split, _ = role.split("/")
         if here != weight:
             continue
-        for item, values in _items(score.inputs["predict"], store):
+        for item, values in _items(score, store):
             lists.setdefault(language, {}).setdefault(f"{split}/{item}", []).append(values)
     return {code: {item: _mean(values) for item, values in items.items()} for code, items in lists.items()}
 
 
-def _items(predict: Step, store: Store) -> list[tuple[str, tuple[float, float]]]:
+def _items(score: Step, store: Store) -> list[tuple[str, tuple[float, float]]]:
     """Every item's log-likelihood of the right answer and rightness; of free answers, which are not written here, NaN."""
+    predict = score.inputs["predict"]
     folder = store.path(predict.kind, predict.key)
-    if predict.config["scoring"] == "gold":
-        return [(g.id, (g.gold_log_likelihood or 0.0, float("nan"))) for g in read_generated(folder)]
+    if "rule" in score.config:
+        return [(g.id, (_given(g), float("nan"))) for g in read_generated(folder)]
     return [(p.id, (p.gold_log_likelihood, float(p.answer == p.gold))) for p in read_predictions(folder)]
+
+
+def _given(said: Generated) -> float:
+    if said.gold_log_likelihood is None:
+        raise StoreError(
+            f"item {said.id} has no likelihood of its right answer", remedy="delete its folder and run again"
+        )
+    return said.gold_log_likelihood
 
 
 def _mean(values: list[tuple[float, float]]) -> tuple[float, float]:

@@ -145,7 +145,7 @@ _NUSAX = ChoiceTask(
     },
     languages=_NUSAX_LANGUAGES,
     hubs=(Hub("indonlp/NusaX-senti", "{iso}", _SAME, _NUSAX_LANGUAGES, export=True),),
-    metric="macro_f1",
+    metric="accuracy",
     licence="NusaX: CC BY-SA 4.0",
 )
 
