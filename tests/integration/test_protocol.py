@@ -211,7 +211,7 @@ def test_tuning_reads_no_target_and_agrees_with_the_run(
         assert curve["chosen"] == chosen["weight"]
         for ours, theirs in zip(curve["points"], chosen["curve"], strict=True):
             assert ours["gold_log_likelihood"] == pytest.approx(theirs["gold_log_likelihood"])
-            assert ours["value"] == pytest.approx(theirs["value"])
+            assert ours["accuracy"] == pytest.approx(theirs["accuracy"])
             assert ours["interval"][0] - 1e-9 <= ours["difference"] <= ours["interval"][1] + 1e-9
     show_tuning(curves, {name: name for name in curves}, Console(width=200))
     assert "Eng-FT" in capsys.readouterr().out
