@@ -390,3 +390,11 @@ def test_a_report_is_written_beside_the_manifest_also_in_a_folder_with_brackets(
     assert found is not None
     assert found["methods"]["eng-ft"]["languages"]["sw"]["value"] == 0.375
     assert sorted(p.name for p in (run / "adapters").iterdir()) == adapters
+
+
+def test_methods_without_data_in_a_language_are_said_in_one_line_and_an_empty_source_takes_no_column(tmp_path: Path):
+    right = {"eng-ft": {"sw": ["10"], "vi": ["11"]}, "vanilla": {"sw": ["00"], "vi": ["01"]}}
+    absent = [("vanilla", "en", "no labelled test data"), ("eng-ft", "en", "no labelled test data")]
+    found = results(make_run(tmp_path, right, absent=absent))
+    assert "Vanilla, Eng-FT, English: no labelled test data." in notes(found)
+    assert language_table(found)[0] == ["method", "Swahili", "Vietnamese"]

@@ -58,9 +58,15 @@ Table = tuple[list[str], list[list[str]]]
 """A header and rows of text."""
 
 
+def _shown(found: dict[str, Any]) -> list[str]:
+    """The languages of a table: the source where a method has a figure in it, and all targets."""
+    scored = any(found["source"] in method["languages"] for method in found["methods"].values())
+    return [*([found["source"]] if scored else []), *found["targets"]]
+
+
 def language_table(found: dict[str, Any]) -> Table:
     """Methods × languages: the metric in percent with its 95 % interval; the source language first."""
-    languages = [found["source"], *found["targets"]]
+    languages = _shown(found)
     rows: list[list[str]] = []
     for method in found["methods"].values():
         cells = [
@@ -73,7 +79,7 @@ def language_table(found: dict[str, Any]) -> Table:
 
 def also_tables(found: dict[str, Any]) -> list[tuple[str, Table]]:
     """Methods × languages for every figure beside the metric that differs from zero somewhere, with its name."""
-    languages = [found["source"], *found["targets"]]
+    languages = _shown(found)
     made: list[tuple[str, Table]] = []
     for name, title in ALSO.items():
         rows = [
@@ -189,7 +195,10 @@ def notes(found: dict[str, Any]) -> list[str]:
         for m, s in fewer.items()
         if m in found["methods"]
     ]
-    said += [f"{found['methods'].get(m, {}).get('title', m)}, {name_of(c)}: {why}." for m, c, why in found["absent"]]
+    missing: dict[tuple[str, str], list[str]] = {}
+    for name, code, why in found["absent"]:
+        missing.setdefault((code, why), []).append(found["methods"].get(name, {}).get("title", name))
+    said += [f"{', '.join(titles)}, {name_of(code)}: {why}." for (code, why), titles in missing.items()]
     if found["chance_and_size_warning"]:
         said.append(found["chance_and_size_warning"])
     return said
