@@ -112,7 +112,7 @@ def _backend(backbone: Backbone) -> Any:
     return found
 
 
-_LEAST = 16
+_LEAST = 4
 """Tokens of a context that a window must hold beside its question."""
 
 

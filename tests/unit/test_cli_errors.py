@@ -280,7 +280,7 @@ def test_a_dry_run_says_what_would_be_trained_and_does_nothing(here: Path):
     result = lingraft("run", "experiment.yaml", "--dry-run")
     assert result.exit_code == 0, result.output
     assert "train topics en seed 0" in result.stdout
-    assert "time: unknown" in result.stdout
+    assert "time here: unknown" in result.stdout
     found = json.loads(lingraft("run", "experiment.yaml", "--dry-run", "--json").stdout)
     assert found["steps"]["train"] == {"pending": 4, "finished": 0}
     assert len(found["pending"]) == sum(n["pending"] for n in found["steps"].values())

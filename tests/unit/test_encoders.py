@@ -615,7 +615,8 @@ def test_likelihoods_of_all_starts_sum_to_one(encoder: Backbone, tmp_path: Path)
     both = [_likelihood(rows, [v[[end, end]] for v in values], (n, n + 1)) for end in range(2) for n in range(40)]
     for end in range(2):
         assert sum(np.exp(np.array(both[40 * end : 40 * end + 40], float))) == pytest.approx(1, abs=1e-4)
-    assert _likelihood(rows, values, (0, 40)) is None
+    # An answer that is longer than any window still begins in one and ends in one.
+    assert _likelihood(rows, values, (0, 40)) == pytest.approx((both[0] + both[79]) / 2)
 
 
 # Prefixes
@@ -772,3 +773,17 @@ def test_in_half_precision_heads_are_whole(encoder: Backbone, tmp_path: Path) ->
     assert sum(p.answer == p.gold for p in right) >= 10
     whole = copy.deepcopy(encoder.headed(HEADS["classification"]))
     assert all(p.dtype == torch.float32 for path in whole.modules for p in whole.model.get_submodule(path).parameters())
+
+
+def test_a_question_is_never_cut_and_the_end_of_what_stands_before_options_stays(encoder: Backbone) -> None:
+    asked = Example("1", "", parts=("who did it " * 4, "context " * 60))
+    for row in _item(encoder, asked, HEADS["span"], 80, True):
+        first = len(encoder.encode("who did it " * 4))
+        assert row.start >= first  # the whole question stands before every window
+    with pytest.raises(DataError, match="leaves no room for its context"):
+        _item(encoder, Example("1", "", parts=("who did it " * 30, "context")), HEADS["span"], 80, True)
+    choice = Example(
+        "2", "", candidates=("a", "b"), parts=("premise " * 40 + "What was the cause?",), options=("yes", "no")
+    )
+    for row in _item(encoder, choice, HEADS["multiple_choice"], 60, False):
+        assert "What was the cause?" in encoder.decode(list(row.ids[: row.start]))
