@@ -1,6 +1,7 @@
 """Every recipe, end to end: random models of two layers, a dozen made-up items a split, all that a recipe compares."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,7 @@ def check_report(asked: Experiment, shown: dict[str, Any], report: str, printed:
     assert ("## Unparsable" in report) == any(figures["unparsable"] > 0 for figures in written)
     for name, code, why in shown["absent"]:
         assert code == asked.source and why == "no labelled test data", name
-        assert f"{method(name).title}, English: {why}." in report
+        assert re.search(rf"^- .*{re.escape(method(name).title)}.*, English: {why}\.$", report, re.MULTILINE)
 
 
 def check_answers(out: Path, asked: Experiment) -> None:
