@@ -494,7 +494,7 @@ def test_nusax_is_read(tmp_path: Path):
         ("7", 'Text: A, "b"\nc\nSentiment:', " negative"),
         ("9", "Text: d\nSentiment:", " neutral"),
     ]
-    assert TASKS["nusax"].metric == "macro_f1"
+    assert TASKS["nusax"].metric == "accuracy"  # macro-F1 stands beside it
 
 
 def test_xlsum_is_read_and_its_article_may_be_cut(tmp_path: Path):

@@ -88,8 +88,8 @@ def test_a_long_prompt_loses_what_may_be_cut_first(backbone: Backbone) -> None:
     text, cut = read(backbone, example, 40)
     assert cut and len(text) == 40
     assert backbone.tokenizer.decode(text[:-1]) == "Text: " + "o" * (39 - 6 - 10) + " Question?"
-    text, cut = read(backbone, example, 12)  # Less than the question and the frame: the beginning goes as well.
-    assert cut and backbone.tokenizer.decode(text[:-1]) == "Text:  Question?"[-11:]
+    with pytest.raises(DataError, match="item 1 is too long for the model even without its context"):
+        read(backbone, example, 12)  # Less than the question and the frame.
     text, cut = read(backbone, Example("1", prompt, (" a", " b")), 40)
     assert cut and backbone.tokenizer.decode(text[:-1]) == prompt[-39:]
     assert read(backbone, example, 1000) == ((*backbone.encode(prompt), 2), False)
