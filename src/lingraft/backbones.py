@@ -167,6 +167,13 @@ class Backbone:
         """The bound of the logits, where the architecture has one (Gemma 2)."""
         return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
 
+    def autocast(self) -> Any:
+        """Half precision where the base has it: adapters and heads are in float32."""
+        import torch
+
+        half = self.dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(self.device.type, self.dtype) if half else nullcontext()
+
     @contextmanager
     def greedy(self, new_tokens: int) -> Iterator[Any]:
         """Generation that takes the likeliest token each time and nothing from the model's own defaults but its special tokens.

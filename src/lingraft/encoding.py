@@ -6,7 +6,6 @@ words under a mask. Heads are transformers' own, so that plain PEFT gives the sa
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -299,17 +298,12 @@ def forward(backbone: Backbone, model: Any, rows: Sequence[Row]) -> tuple[dict[s
     return given, mask
 
 
-def _autocast(backbone: Backbone) -> Any:
-    half = backbone.dtype in (torch.bfloat16, torch.float16)
-    return torch.autocast(backbone.device.type, backbone.dtype) if half else nullcontext()
-
-
 def _logits(backbone: Backbone, model: Any, rows: Sequence[Row], kind: HeadKind) -> torch.Tensor:
     """In float32: rows × labels; for options rows; for spans 2 × rows × tokens, minus infinity outside of the last part."""
     given, _ = forward(backbone, model, rows)
     if kind == "multiple_choice":  # One choice at a time, so that items may have different numbers of them.
         given = {name: value[:, None] for name, value in given.items()}
-    with _autocast(backbone):
+    with backbone.autocast():
         out = model(**given)
     if kind != "span":
         return out.logits.float()[:, 0] if kind == "multiple_choice" else out.logits.float()
@@ -392,7 +386,7 @@ def _summed_masked(backbone: Backbone, model: Any, part: Sequence[Drawn]) -> tor
     rows = np.repeat(np.arange(len(drawn)), [len(d.positions) for d in drawn])
     columns = np.concatenate([d.positions for d in drawn])
     labels = torch.from_numpy(np.concatenate([d.labels for d in drawn])).to(backbone.device)
-    with _autocast(backbone):
+    with backbone.autocast():
         states = model.base_model(**given).last_hidden_state
         here = transform(states[torch.from_numpy(rows).to(states.device), torch.from_numpy(columns).to(states.device)])
     return summed_cross_entropy(here, weight, labels, None, bias)

@@ -88,7 +88,9 @@ class Session:
 
     def parallel(self, language: str) -> list[str]:
         """A language's reference text where its lines stand beside other languages'."""
-        return list(islice(self.lines(language), self.experiment.reference.max_segments))
+        # Of a file all lines, so that texts of different lengths are told apart; of the hub no more than are needed.
+        reference = self.experiment.reference
+        return list(islice(self.lines(language), reference.max_segments if reference.hub else None))
 
     def task(self, name: str) -> Task:
         """A task by its name."""

@@ -10,7 +10,6 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from lingraft.backbones import Backbone
 from lingraft.batching import cut
 from lingraft.errors import UserError
-from lingraft.likelihood import autocast
 from lingraft.prefixes import attention_shape
 from lingraft.tasks.items import Example
 
@@ -136,7 +135,7 @@ def _continued(backbone: Backbone, rows: Sequence[list[int]], new_tokens: int, s
         ids[number, width - len(row) :] = torch.tensor(row)
         mask[number, width - len(row) :] = 1
     criteria = StoppingCriteriaList([_Stop(backbone, width, tuple(stop))] if stop else [])
-    with autocast(backbone), _packed_head(backbone), backbone.greedy(new_tokens) as configuration:
+    with backbone.autocast(), _packed_head(backbone), backbone.greedy(new_tokens) as configuration:
         out = backbone.model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids.to(backbone.device),
             attention_mask=mask.to(backbone.device),

@@ -6,7 +6,6 @@ scored whole.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -156,12 +155,6 @@ def _batched(queries: Sequence[_Query], batch_tokens: int) -> list[list[_Query]]
     return result
 
 
-def autocast(backbone: Backbone) -> AbstractContextManager[None]:
-    """Half precision where the base has it: adapters are in float32."""
-    half = backbone.dtype in (torch.bfloat16, torch.float16)
-    return torch.autocast(backbone.device.type, backbone.dtype) if half else nullcontext()  # pyright: ignore[reportReturnType]
-
-
 def _states(backbone: Backbone, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """States before the output embedding, ids and mask of rows, the longest first, padded on the right."""
     ids = torch.full((len(rows), len(rows[0])), backbone.pad_id, dtype=torch.long)
@@ -170,7 +163,7 @@ def _states(backbone: Backbone, rows: Sequence[Sequence[int]]) -> tuple[torch.Te
         ids[number, : len(row)] = torch.tensor(row)
         mask[number, : len(row)] = 1
     ids, mask = ids.to(backbone.device), mask.to(backbone.device)
-    with autocast(backbone):
+    with backbone.autocast():
         return backbone.hidden(ids, mask), ids, mask
 
 

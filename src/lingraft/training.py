@@ -9,7 +9,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,8 +76,7 @@ def _summed_next_tokens(backbone: Backbone, model: Any, part: Sequence[Drawn]) -
         ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
         attention[row, : len(sequence.ids)] = 1
     ids = ids.to(backbone.device)
-    half = backbone.dtype in (torch.bfloat16, torch.float16)
-    with torch.autocast(backbone.device.type, backbone.dtype) if half else nullcontext():
+    with backbone.autocast():
         states = backbone.hidden(ids, attention.to(backbone.device))
     rows = torch.from_numpy(np.repeat(np.arange(len(chosen)), [len(p) for p in positions])).to(backbone.device)
     columns = torch.from_numpy(np.concatenate(positions)).to(backbone.device)

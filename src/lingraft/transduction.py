@@ -1,7 +1,6 @@
 """Encoder-decoders: what they read and write, how they learn from answers and from plain text, and what they answer."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,15 +195,10 @@ def _shifted(backbone: Backbone, target: Sequence[int]) -> tuple[int, ...]:
     return (backbone.pad_id if start is None else start, *target[:-1])
 
 
-def _autocast(backbone: Backbone) -> Any:
-    half = backbone.dtype in (torch.bfloat16, torch.float16)
-    return torch.autocast(backbone.device.type, backbone.dtype) if half else nullcontext()
-
-
 def _encoded(backbone: Backbone, sources: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """The encoder's states, and the mask of what it read."""
     ids, mask = _padded(backbone, sources)
-    with _autocast(backbone):
+    with backbone.autocast():
         return backbone.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state, mask
 
 
@@ -213,7 +207,7 @@ def _states(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The states before every token that is to be written (tokens × width), and these tokens, all targets in a row."""
     ids, _ = _padded(backbone, [_shifted(backbone, target) for target in targets])
-    with _autocast(backbone):
+    with backbone.autocast():
         states = backbone.answering(read, mask, ids)
     there = torch.zeros(ids.shape, dtype=torch.bool)
     for number, target in enumerate(targets):
@@ -384,6 +378,6 @@ def _texts(backbone: Backbone, rows: Sequence[Sequence[int]], max_output: int) -
     """What is written, special tokens left out."""
     ids, mask = _padded(backbone, rows)
     model: Any = backbone.model
-    with _autocast(backbone), backbone.greedy(max_output) as configuration:
+    with backbone.autocast(), backbone.greedy(max_output) as configuration:
         out = model.generate(input_ids=ids, attention_mask=mask, generation_config=configuration)
     return [str(backbone.tokenizer.decode(row, skip_special_tokens=True)) for row in out.tolist()]
