@@ -64,6 +64,7 @@ class Backbone:
     Attributes:
         kind: `decoder`, `encoder` or `encoder-decoder`.
         model: The language model; of an encoder the masked one, whose head may be without weights. `headed` gives others.
+        fuser: What mixes a counterpart's states in, while an adapter of two languages is on the model; else None.
 
     Raises:
         BackboneError: The model cannot be loaded, or is of a layout that is not served.
@@ -85,6 +86,7 @@ class Backbone:
         self.device = torch.device(_device(located.config.device))
         self.dtype: torch.dtype = getattr(torch, located.config.dtype)
         self.scale = 1.0
+        self.fuser: Any = None
         self._headed: dict[Head, Headed] = {}
         quantised = _quantisation(located.config, self.dtype)
         remote = located.config.trust_remote_code
@@ -418,13 +420,7 @@ class Backbone:
         import numpy as np
         import torch
 
-        theirs = base_digest(adapter)
-        if theirs and theirs != self.digest:
-            raise AdapterError(
-                f"the adapter belongs to another base model ({theirs[:40]}…, this one is {self.digest[:40]}…)",
-                where=adapter.path,
-                remedy="give the base model it was trained on",
-            )
+        self._check_belongs(adapter)
         arrays = {**dict(adapter.tensors()), **{name: read() for name, read in adapter.others.items()}}
         tensors = {n: torch.from_numpy(np.array(a, dtype=_readable(a.dtype))) for n, a in arrays.items()}
         if self.kind == "encoder" and head is None:
@@ -432,6 +428,62 @@ class Backbone:
         with self.attached(peft_config(adapter.peft_config), tensors, head) as wrapped:
             wrapped.eval()
             yield wrapped
+
+    def _check_belongs(self, adapter: Adapter) -> None:
+        theirs = base_digest(adapter)
+        if theirs and theirs != self.digest:
+            raise AdapterError(
+                f"the adapter belongs to another base model ({theirs[:40]}…, this one is {self.digest[:40]}…)",
+                where=adapter.path,
+                remedy="give the base model it was trained on",
+            )
+
+    @contextmanager
+    def merged(self, adapter: Adapter) -> Iterator[None]:
+        """The base with a LoRA's updates in its weights; afterwards the weights are what they were, bit for bit.
+
+        Weights in fewer bits stay as they are, and the update is added to what they give.
+
+        Raises:
+            AdapterError: The adapter is no LoRA, belongs to another base model, or fits nowhere.
+        """
+        import torch
+
+        if adapter.structure != "lora":
+            raise AdapterError(f"{adapter.structure} cannot be merged into the weights", where=adapter.path)
+        self._check_belongs(adapter)
+        kept: dict[str, torch.Tensor] = {}
+        handles: list[Any] = []
+        try:
+            for module in adapter.layout:
+                site = adapter.site(module)
+                a, b = (torch.from_numpy(site.tensors[role]).to(self.device) for role in ("A", "B"))
+                layer = self._layer_for(module, (b.shape[0], a.shape[1]), adapter)
+                if type(layer) is torch.nn.Linear:
+                    kept[module] = layer.weight.detach().to("cpu", copy=True)
+                    layer.weight.data.copy_(layer.weight.float() + site.scaling * (b @ a))
+                else:
+                    handles.append(layer.register_forward_hook(_adding(a, site.scaling * b)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, weight in kept.items():
+                self.model.get_submodule(module).weight.data.copy_(weight)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+    def _layer_for(self, module: str, shape: tuple[int, int], adapter: Adapter) -> Any:
+        try:
+            layer: Any = self.model.get_submodule(module)
+            fits = (layer.out_features, layer.in_features) == shape
+        except AttributeError:
+            fits = False
+        if not fits:
+            raise AdapterError(
+                f"the adapter does not fit this base model at '{module}'",
+                where=adapter.path,
+                remedy="use the base model the adapter was trained on",
+            )
+        return layer
 
     def target_modules(self, chosen: str | Sequence[str]) -> list[str]:
         """The paths of the linear layers that names and roles choose, sorted.
@@ -526,6 +578,15 @@ def _quantisation(config: Any, dtype: Any) -> dict[str, Any]:
         else BitsAndBytesConfig(load_in_8bit=True)
     )
     return {"quantization_config": made, "device_map": {"": torch.device(device)}}
+
+
+def _adding(a: "torch.Tensor", b: "torch.Tensor") -> Any:
+    """A hook that adds `b·a·x` to what a layer gives for x."""
+
+    def hook(layer: Any, args: tuple[Any, ...], out: Any) -> Any:
+        return out + (args[0].to(a.dtype) @ a.T @ b.T).to(out.dtype)
+
+    return hook
 
 
 def _unload(model: Any) -> None:

@@ -4,6 +4,7 @@ All of it is a function of the data, the configuration and a seed.
 """
 
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Sequence
@@ -21,12 +22,28 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Counterpart:
+    """What is read of an item's counterpart in the source language: never its answer.
+
+    Attributes:
+        ids: Token ids, the special tokens of the architecture among them.
+        types: The segment every token belongs to, for encoders that know segments.
+        text: The text, for a translation encoder, which has ids of its own.
+    """
+
+    ids: tuple[int, ...]
+    types: tuple[int, ...] = ()
+    text: str = ""
+
+
+@dataclass(frozen=True)
 class TokenSequence:
     """Token ids, from which position on the loss is taken (the first predicted position), and whether some were cut out."""
 
     ids: tuple[int, ...]
     start: int
     truncated: bool = False
+    source: Counterpart | None = None
 
 
 def cut(
@@ -82,14 +99,50 @@ def answer_sequences(backbone: "Backbone", examples: Sequence[Example], max_leng
         text = example.prompt + example.completion
         kept = [*backbone.prefix, *cut(backbone, text, ids, excess, example.cuttable, example.id), *end]
         start = max(1, len(backbone.prefix) + shared - max(0, excess))
-        found.append(TokenSequence(tuple(kept), start, excess > 0))
+        found.append(TokenSequence(tuple(kept), start, excess > 0, counterpart(backbone, example, max_length)))
     return found
+
+
+def counterpart(backbone: "Backbone", example: Example, max_length: int) -> Counterpart | None:
+    """What a decoder reads of an item's counterpart: its prompt, which loses its context's end or its beginning if too long.
+
+    Raises:
+        DataError: It is too long even without its context.
+    """
+    source = example.source
+    if source is None:
+        return None
+    ids = backbone.encode(source.prompt)
+    excess = len(backbone.prefix) + len(ids) - max_length
+    kept = cut(backbone, source.prompt, ids, excess, source.cuttable, f"{source.id} (source)")
+    return Counterpart((*backbone.prefix, *kept), text=source.prompt)
 
 
 def shared_start(rows: Sequence[Sequence[int]]) -> int:
     """How many ids all rows begin with alike."""
     shortest = min(len(row) for row in rows)
     return next((n for n in range(shortest) if len({row[n] for row in rows}) > 1), shortest)
+
+
+def encoder_inputs(
+    backbone: "Backbone", rows: Sequence[tuple[Sequence[int], Sequence[int]]], width: int = 0
+) -> dict[str, Any]:
+    """What an encoder takes for rows of ids and segments: padded on the right, at least to a width, with their mask."""
+    import torch
+
+    width = max(width, *(len(ids) for ids, _ in rows))
+    made = torch.full((len(rows), width), backbone.pad_id, dtype=torch.long)
+    segments, mask = torch.zeros_like(made), torch.zeros_like(made)
+    for number, (ids, types) in enumerate(rows):
+        made[number, : len(ids)] = torch.tensor(ids)
+        segments[number, : len(types)] = torch.tensor(types, dtype=torch.long)
+        mask[number, : len(ids)] = 1
+    given = {"input_ids": made.to(backbone.device), "attention_mask": mask.to(backbone.device)}
+    model: Any = backbone.model
+    segmented = backbone.kind == "encoder" and (getattr(model.config, "type_vocab_size", 0) or 0) > 1
+    if segmented and "token_type_ids" in inspect.signature(model.base_model.forward).parameters:
+        given["token_type_ids"] = segments.to(backbone.device)
+    return given
 
 
 def text_sequences(segments: Sequence[Sequence[int]]) -> list[TokenSequence]:

@@ -126,11 +126,16 @@ TEXT_TASKS = {
 """Reference tasks on plain text, and the backbones that learn them."""
 
 
+NO_REFERENCE = "none"
+"""What stands for the reference task where no method needs one."""
+
+
 class ReferenceConfig(Config):
     """The reference task: language modelling on plain text, which needs no labels, or a labelled task in both languages."""
 
     task: str = Field(
-        default="clm", description=f"{', '.join(TEXT_TASKS)}, or a task that has labels in all the languages"
+        default="clm",
+        description=f"{', '.join(TEXT_TASKS)}, or a task that has labels in all the languages; 'none': no method needs one",
     )
     text: str | None = Field(default=None, description="path with {language} in it, below the data folder")
     hub: str | None = Field(default=None, description="instead of `text`: a hub data set with a field `text`")
@@ -161,7 +166,7 @@ class ReferenceConfig(Config):
     @property
     def labelled(self) -> bool:
         """Whether it is a task with labels."""
-        return self.task not in TEXT_TASKS
+        return self.task not in TEXT_TASKS and self.task != NO_REFERENCE
 
 
 class ProjectionConfig(Config):
@@ -169,6 +174,97 @@ class ProjectionConfig(Config):
 
     confidence: float = Field(default=0.8, ge=0, le=1, description="least probability that T gives its label")
     per_label: int | None = Field(default=200, ge=1, description="at most so many lines of a label")
+
+
+FUSION_FUNCTIONS = ("add", "mul", "add_relu", "mul_relu", "cross_attention")
+"""How the bottleneck states of source and target are mixed (FLARE, section 3.2): `fusion.functions` has the formulas."""
+
+
+class FusionConfig(Config):
+    """FLARE: where and how a text's states are mixed with those of its counterpart in the source language."""
+
+    function: Literal["add", "mul", "add_relu", "mul_relu", "cross_attention"] = Field(
+        default="add_relu", description="add_relu: relu(s) + relu(t), the paper's best"
+    )
+    modules: str | tuple[str, ...] = Field(
+        default=("attention.query", "attention.value"),
+        description="the layers that fuse, of every self-attention block (of an encoder-decoder: of its encoder)",
+    )
+    plain: str | tuple[str, ...] = Field(
+        default=(),
+        description="further layers, with plain LoRA; 'all': all other linear layers, the paper's choice for LLMs",
+    )
+    layer_offset: Literal[0, 1] = Field(
+        default=0, description="layer i reads the source's states before layer i (the authors' code), or behind it"
+    )
+    normalize_source: bool = Field(
+        default=True, description="source states pass the layer's own norm first, as target states do (pre-norm models)"
+    )
+    mask_padding: bool = Field(
+        default=False,
+        description="plain LoRA where the source is shorter; off: states of padding are fused, as published",
+    )
+    decoding: Literal["lora", "continuation"] = Field(
+        default="lora",
+        description="what is written is plain LoRA, or fused with what the first stage writes after the source text",
+    )
+    encoder: str = Field(
+        default="facebook/nllb-200-distilled-600M",
+        description="flare-mt: a translation model whose encoder reads the target text, or any encoder: hub id or folder",
+    )
+    encoder_revision: str | None = Field(default=None, description="commit of a hub encoder; resolved if absent")
+    cache: bool = Field(default=False, description="keep source states on disk instead of computing them at every step")
+    cache_limit: float = Field(default=20.0, gt=0, description="GB that the states of one step may take")
+
+    @model_validator(mode="after")
+    def _continued(self) -> "FusionConfig":
+        if self.decoding == "continuation" and not self.mask_padding:
+            raise ValueError("decoding: continuation needs mask_padding: true, or padding would stand inside a text")
+        return self
+
+
+class MixupConfig(Config):
+    """X-Mixup (Yang et al. 2022): the states of one layer are mixed with source states aligned by attention."""
+
+    layer: int | None = Field(
+        default=None, ge=0, description="the layer that mixes, from 0; absent: the middle one (authors: 0, spans 15)"
+    )
+    most: float = Field(default=0.5, ge=0, le=1, description="λ0, the greatest share that source states can have")
+    source_loss: float = Field(
+        default=0.4, ge=0, le=1, description="α, the source's share of the task's loss; not for spans"
+    )
+    states: float = Field(default=1.0, ge=0, description="weight of the squared difference between both texts' states")
+    predictions: float = Field(default=1.0, ge=0, description="weight of KL(source ‖ target); not for spans")
+    average: bool = Field(
+        default=True, description="encoders answer by the mean of both texts' logits, as the authors do; not for spans"
+    )
+
+
+class TranslationConfig(Config):
+    """Where an item's counterpart in the other language comes from; by default from the task's own aligned rows."""
+
+    model: str | None = Field(
+        default=None,
+        description="NLLB, M2M-100 or Marian: hub id or folder, in which {source} and {target} are filled (Marian has one a pair)",
+    )
+    revision: str | None = Field(default=None, description="commit of a hub model; resolved and recorded if absent")
+    files: str | None = Field(
+        default=None,
+        description="instead: translated rows below the data folder, a path with {from}, {to} and {split}; their ids are the items'",
+    )
+    splits: tuple[Literal["train", "validation", "test"], ...] = Field(
+        default=("train", "validation", "test"), description="the splits that are translated; others are aligned"
+    )
+    missing: Literal["error", "skip"] = Field(
+        default="error", description="what to do about an item without counterpart"
+    )
+    beams: int = Field(default=1, ge=1, description="width of the translation model's search")
+
+    @model_validator(mode="after")
+    def _one(self) -> "TranslationConfig":
+        if self.model and self.files:
+            raise ValueError("give a translation `model` or `files`, not both")
+        return self
 
 
 class MergeConfig(Config):
@@ -256,12 +352,18 @@ class Experiment(Config):
     groups: dict[Name, tuple[LanguageCode, ...]] = Field(
         default={}, description="targets whose figures are also given together"
     )
-    reference: ReferenceConfig
+    reference: ReferenceConfig = ReferenceConfig(task=NO_REFERENCE, unit="packed")
     adapter: AdapterConfig = AdapterConfig()
     training: TrainingConfig = TrainingConfig()
     reference_training: TrainingConfig | None = Field(default=None, description="absent: as `training`")
     projection: ProjectionConfig = ProjectionConfig()
     projection_training: TrainingConfig | None = Field(default=None, description="absent: as `training`")
+    fusion: FusionConfig = FusionConfig()
+    fusion_training: TrainingConfig | None = Field(
+        default=None, description="of the second stage, on both languages; absent: as `training`"
+    )
+    mixup: MixupConfig = MixupConfig()
+    translation: TranslationConfig = TranslationConfig()
     merge: MergeConfig = MergeConfig()
     methods: tuple[str, ...] = ("vanilla", "eng-ft", "adamergex", "adamergex-product")
     selection: SelectionConfig = SelectionConfig()
@@ -336,6 +438,11 @@ class Experiment(Config):
     def projection_values(self) -> TrainingConfig:
         """Training values of the projected adapters."""
         return self.projection_training or self.training
+
+    @property
+    def fusion_values(self) -> TrainingConfig:
+        """Training values of the second stage."""
+        return self.fusion_training or self.training
 
     @property
     def reference_values(self) -> TrainingConfig:

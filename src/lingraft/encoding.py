@@ -4,9 +4,8 @@ A head answers: one of the labels, the best of several options, where an answer 
 words under a mask. Heads are transformers' own, so that plain PEFT gives the same answers as lingraft.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -15,7 +14,9 @@ import torch
 
 from lingraft.adapter import Adapter
 from lingraft.backbones import Backbone
+from lingraft.batching import Counterpart, encoder_inputs
 from lingraft.errors import AdapterError, BackboneError, DataError, UserError
+from lingraft.fusion.attaching import fusing, with_adapter
 from lingraft.heads import Head, HeadKind, head_of
 from lingraft.losses import Drawn, Objective, summed_cross_entropy
 from lingraft.metrics import Generated, Prediction
@@ -36,6 +37,7 @@ class Row:
         start: The first token of the last part.
         offsets: For every token of the last part, its first and last character (exclusive) there.
         truncated: Whether something had to be left out.
+        source: What is read beside it of the item's counterpart.
     """
 
     ids: tuple[int, ...]
@@ -43,6 +45,7 @@ class Row:
     start: int = 0
     offsets: tuple[tuple[int, int], ...] = ()
     truncated: bool = False
+    source: Counterpart | None = None
 
 
 @dataclass(frozen=True)
@@ -187,20 +190,30 @@ def _two(parts: Sequence[str], item: str) -> tuple[str | None, str]:
 
 
 def _item(backbone: Backbone, example: Example, head: Head, max_length: int, windows: bool) -> list[Row]:
-    """What is read of an item under a head.
+    """What is read of an item under a head, with its counterpart row by row, as far as that has as many.
 
     Raises:
         DataError: The item has no options, or another number of candidates than the head.
     """
+    if head.kind == "classification" and len(example.candidates) != head.labels:
+        raise DataError(
+            f"a head of {head.labels} labels cannot answer an item of {len(example.candidates)}", where=example.id
+        )
+    rows = _texts(backbone, example, head, max_length, windows)
+    if example.source is None:
+        return rows
+    read = _texts(backbone, example.source, head, max_length, windows)
+    text = _shown(example.source)
+    sources = [Counterpart(row.ids, row.types, text) for row in read]
+    return [replace(row, source=sources[n] if n < len(sources) else None) for n, row in enumerate(rows)]
+
+
+def _texts(backbone: Backbone, example: Example, head: Head, max_length: int, windows: bool) -> list[Row]:
     if head.kind == "multiple_choice":
         if len(example.options) < 2:
             raise DataError("this item has no options to choose from", where=example.id)
         first = " ".join(example.parts)
         return [_rows(backbone, first, option, max_length, keep_last=True)[0] for option in example.options]
-    if head.kind == "classification" and len(example.candidates) != head.labels:
-        raise DataError(
-            f"a head of {head.labels} labels cannot answer an item of {len(example.candidates)}", where=example.id
-        )
     first, last = _two(example.parts, example.id)
     return _rows(backbone, first, last, max_length, windows=windows)
 
@@ -281,29 +294,17 @@ def masked_sequences(backbone: Backbone, segments: Sequence[Sequence[int]]) -> l
 # What is computed
 
 
-def forward(backbone: Backbone, model: Any, rows: Sequence[Row]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """What a model takes for rows, padded on the right, and the mask of the tokens that are there."""
-    width = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), width), backbone.pad_id, dtype=torch.long)
-    types, mask = torch.zeros_like(ids), torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, : len(row.ids)] = torch.tensor(row.ids)
-        types[number, : len(row.types)] = torch.tensor(row.types)
-        mask[number, : len(row.ids)] = 1
-    mask = mask.to(backbone.device)
-    given = {"input_ids": ids.to(backbone.device), "attention_mask": mask}
-    known = getattr(model.config, "type_vocab_size", 0) or 0
-    if known > 1 and "token_type_ids" in inspect.signature(model.base_model.forward).parameters:
-        given["token_type_ids"] = types.to(backbone.device)
-    return given, mask
+def forward(backbone: Backbone, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    """What a model takes for rows, padded on the right."""
+    return encoder_inputs(backbone, [(row.ids, row.types) for row in rows])
 
 
 def _logits(backbone: Backbone, model: Any, rows: Sequence[Row], kind: HeadKind) -> torch.Tensor:
     """In float32: rows × labels; for options rows; for spans 2 × rows × tokens, minus infinity outside of the last part."""
-    given, _ = forward(backbone, model, rows)
+    given = forward(backbone, rows)
     if kind == "multiple_choice":  # One choice at a time, so that items may have different numbers of them.
         given = {name: value[:, None] for name, value in given.items()}
-    with backbone.autocast():
+    with backbone.autocast(), fusing(backbone, [row.source for row in rows], [len(row.ids) for row in rows]):
         out = model(**given)
     if kind != "span":
         return out.logits.float()[:, 0] if kind == "multiple_choice" else out.logits.float()
@@ -381,7 +382,7 @@ def _draw_masked(backbone: Backbone, chosen: Sequence[MaskedSequence], share: fl
 def _summed_masked(backbone: Backbone, model: Any, part: Sequence[Drawn]) -> torch.Tensor:
     """Cross-entropy summed over the masked positions, which alone go through the vocabulary."""
     drawn: list[_Masked] = [d.item for d in part]
-    given, _ = forward(backbone, model, [Row(d.ids, (0,) * len(d.ids)) for d in drawn])
+    given = forward(backbone, [Row(d.ids, (0,) * len(d.ids)) for d in drawn])
     transform, weight, bias = backbone.masked_head()
     rows = np.repeat(np.arange(len(drawn)), [len(d.positions) for d in drawn])
     columns = np.concatenate([d.positions for d in drawn])
@@ -442,7 +443,7 @@ def _read_all(
     flat = [row for rows in items for row in rows]
     found: list[torch.Tensor | None] = [None] * len(flat)
     waiting = [len(rows) for rows in items]
-    with backbone.with_adapter(adapter, head) as wrapped, torch.inference_mode():
+    with with_adapter(backbone, adapter, head) as wrapped, torch.inference_mode():
         for numbers, logits in _batches(backbone, wrapped.get_base_model(), flat, head.kind, batch_tokens):
             values = logits.transpose(0, 1).cpu() if head.kind == "span" else logits.cpu()
             for number, value in zip(numbers, values, strict=True):

@@ -11,6 +11,7 @@ from lingraft import encoding, generation, likelihood, transduction
 from lingraft.adapter import Adapter
 from lingraft.backbones import Backbone
 from lingraft.errors import DataError, UserError
+from lingraft.fusion.attaching import with_adapter
 from lingraft.metrics import Generated, Prediction
 from lingraft.predictions import score, write_evaluation
 from lingraft.tasks.items import Example
@@ -114,7 +115,7 @@ def ask(
         return answers(backbone, adapter, examples, max_length=length, batch_tokens=tokens, progress=progress)
     if backbone.kind == "encoder-decoder":
         return _transduced(backbone, adapter, examples, asking, choice, progress)
-    with backbone.with_adapter(adapter), torch.inference_mode():
+    with with_adapter(backbone, adapter), torch.inference_mode():
         if choice and asking.scoring not in ("generation", "gold"):
             return likelihood.label_likelihoods(
                 backbone,
@@ -206,7 +207,7 @@ def text_log_likelihood(
     backbone: Backbone, adapter: Adapter | None, texts: Sequence[str], *, max_length: int = 1024, batch: int = 32
 ) -> tuple[float, int]:
     """How likely a model, with or without an adapter, finds texts; see `likelihood.text_log_likelihood`."""
-    with backbone.with_adapter(adapter), torch.inference_mode():
+    with with_adapter(backbone, adapter), torch.inference_mode():
         return likelihood.text_log_likelihood(backbone, texts, max_length=max_length, batch=batch)
 
 

@@ -1,8 +1,9 @@
 """What each kind of step does: from its inputs' folders to files in a working folder."""
 
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 from lingraft import __version__, roles
 from lingraft.adapter import Adapter
 from lingraft.answers.scoring import Rule, score_generated
-from lingraft.config import AdapterConfig, Experiment, ProjectionConfig, TrainingConfig
-from lingraft.errors import DataError
+from lingraft.config import AdapterConfig, Experiment, FusionConfig, MixupConfig, ProjectionConfig, TrainingConfig
+from lingraft.digests import digest_value
+from lingraft.errors import DataError, writing
 from lingraft.languages import name_of
 from lingraft.locating import Located
 from lingraft.merging import Graft, content_digest, divergence_of, energy_kept, similarity
 from lingraft.metrics import Generated
 from lingraft.plan import Step
+from lingraft.plan.two_languages import translated_file
 from lingraft.predictions import (
     SCORES,
     read_generated,
@@ -29,21 +32,25 @@ from lingraft.predictions import (
     write_scored,
 )
 from lingraft.store import Store, read_json, write_json
-from lingraft.tasks.items import Example, subset
+from lingraft.tasks.items import Example, sampled, subset
+from lingraft.tasks.pairs import concatenated, paired
 from lingraft.tasks.projection import projected_examples, projected_labels, shortened
 from lingraft.tasks.reference import reference_text
-from lingraft.tasks.sources import bundled_or
+from lingraft.tasks.sources import FileSource, bundled_or
 from lingraft.tasks.table import find_task
 from lingraft.tasks.task import Task
+from lingraft.tasks.translating import canonical_rows, rendered, translated_rows
 
 if TYPE_CHECKING:
     from lingraft.backbones import Backbone
+    from lingraft.fusion.stages import SecondStage
     from lingraft.heads import Head
 
 SELECTED = "selected.json"
 SIMILARITY = "similarity.json"
 READING = "reading.json"
 LABELS = "labels.json"
+ROWS = "rows.jsonl"
 Progress = Callable[[int, int, str], None]
 
 
@@ -106,10 +113,67 @@ class Session:
         sources = task.sources(language, split, folder, revision)
         return subset(task.examples(sources, language=language, prompt=prompt), limit)
 
-    def asked(self, config: Mapping[str, Any], limit: int | None) -> list[Example]:
-        """The items that a step's configuration names."""
+    def asked(self, step: Step, limit: int | None) -> list[Example]:
+        """The items that a step's configuration names, with what is read beside them of their counterparts."""
+        language = step.config["language"]
+        if "counterpart" not in step.config:
+            return self._items(step, "items", language, limit)
+        # What a step has translated are the items that are needed, and no others.
+        items = self._items(step, "items", language, limit if "counterparts" in step.inputs else None)
+        return subset(self._beside(step, items), limit)
+
+    def skipped(self, step: Step) -> int:
+        """How many of a step's items have no counterpart and are left out, where that is allowed."""
+        if step.config.get("counterpart", {}).get("missing") != "skip":
+            return 0
+        items = self._items(step, "items", step.config["language"], None)
+        return len(items) - len(self._beside(step, items))
+
+    def _beside(self, step: Step, items: list[Example]) -> list[Example]:
+        asked = step.config["counterpart"]
+        if asked["form"] == "itself":
+            return [replace(item, source=item.asked) for item in items]
+        others = self._items(step, "counterparts", asked["language"], None)
+        made = bool({"items", "counterparts"} & set(step.inputs))
+        if made:  # A translation may have lost an answer, or be of a sample; that is counted there.
+            known = {item.id for item in items}
+            others = [other for other in others if other.id in known]
+        what = (
+            f"{step.config['task']['task']}, {step.config['split']}: {step.config['language']} and {asked['language']}"
+        )
+        missing = asked.get("missing", "error")
+        found = paired(items, others, missing=missing, what=what, numbered=False if made else None).examples
+        if asked["form"] == "concatenated":
+            return [concatenated(item) for item in found]
+        if asked["form"] == "instead":
+            by_id = {item.id: item for item in others}
+            return [by_id[item.id] for item in found]
+        return found
+
+    def _items(self, step: Step, role: str, language: str, limit: int | None) -> list[Example]:
+        """Items of a language: the task's own, or translated by a step or in a file."""
+        config = step.config
         task, prompt = self.task(config["task"]["task"]), config.get("prompt", "default")
-        return self.examples(task, config["language"], config["split"], limit, prompt)
+        if role in step.inputs:
+            path: Path | None = self.folder(step.inputs[role]) / ROWS
+        else:
+            path = self._translated(config, role, language)
+        if path is None:
+            return self.examples(task, language, config["split"], limit, prompt)
+        made = rendered(task, answers=role == "items")
+        return subset(made.examples([FileSource(path)], language=language, prompt=prompt), limit)
+
+    def _translated(self, config: Mapping[str, Any], role: str, language: str) -> Path | None:
+        """The user's own file of translations, where that is what a step reads."""
+        settings, source = self.experiment.translation, self.experiment.source
+        # In training the target's items are translations; elsewhere their counterparts are.
+        made = role == ("items" if "second" in config or "places" in config else "counterparts")
+        if settings.files is None or config["split"] not in settings.splits or not made:
+            return None
+        if "second" not in config and "places" not in config and "counterpart" not in config:
+            return None
+        other = source if role == "items" else config["language"]
+        return translated_file(self.experiment, self.data_dir, other, language, config["split"])
 
 
 def check_data(steps: Sequence[Step], session: Session) -> None:
@@ -121,10 +185,11 @@ def check_data(steps: Sequence[Step], session: Session) -> None:
     wanted = {
         (s.config["task"]["task"], s.config["language"], s.config["split"], s.config.get("prompt", "default"))
         for s in steps
-        if "split" in s.config
+        if "split" in s.config and not {"second", "places", "into"} & set(s.config)
     }
     for task, language, split, prompt in sorted(wanted):
         session.examples(session.task(task), language, split, None, prompt)
+    _check_pairs(steps, session)
     read = {s.config["language"] for s in steps if "reference" in s.config}
     projected = {s.config["language"] for s in steps if "projected" in s.config}
     if projected:
@@ -138,6 +203,20 @@ def check_data(steps: Sequence[Step], session: Session) -> None:
             + ", ".join(f"{count} lines in {name_of(language)}" for language, count in counts.items()),
             remedy="projected labels need text whose lines are translations of one another",
         )
+
+
+def _check_pairs(steps: Sequence[Step], session: Session) -> None:
+    """Makes sure that items and counterparts that are there already fit together; what is translated first is read later."""
+    seen: set[str] = set()
+    for step in steps:
+        config = step.config
+        if not {"second", "counterpart"} & set(config) or {"items", "counterparts"} & set(step.inputs):
+            continue
+        parts = {name: config.get(name) for name in ("task", "prompt", "language", "split", "counterpart")}
+        key = digest_value([parts, "second" in config])
+        if key not in seen:
+            seen.add(key)
+            session.asked(step, None)
 
 
 def execute(step: Step, session: Session, work: Path) -> None:
@@ -155,6 +234,7 @@ def _train(step: Step, session: Session, work: Path) -> dict[str, Any]:
     values = TrainingConfig(**config["training"])
     sequences, what = _sequences(step, session, values)
     start = step.inputs.get("start_from")
+    second = _second(step, session)
     return training.train(
         session.backbone,
         sequences,
@@ -163,11 +243,35 @@ def _train(step: Step, session: Session, work: Path) -> dict[str, Any]:
         training=values,
         seed=config["seed"],
         start_from=None if start is None else session.folder(start),
+        second=second,
         provenance={"language": config["language"], **what, "training": values.key(), "step": step.key},
         trackers=session.experiment.trackers,
         progress=lambda done, total, loss: session.progress(done, total, f"loss {loss:.3f}"),
         head=_head(config),
-    ) | {k: what[k] for k in ("truncated", "left_out") if what.get(k)}
+    ) | {k: what[k] for k in ("truncated", "left_out", "without_counterpart") if what.get(k)}
+
+
+def _second(step: Step, session: Session) -> "SecondStage | None":
+    """The second stage that a training is, on its first."""
+    from lingraft.fusion.cache import StateCache
+    from lingraft.fusion.stages import SecondStage
+
+    config = step.config.get("second")
+    if config is None:
+        return None
+    folder = session.folder(step.inputs["stage1"])
+    cache = None
+    if "states" in step.inputs:
+        states = session.folder(step.inputs["states"])
+        cache = StateCache.open(states, step.inputs["states"].key, verify=True)
+    return SecondStage(
+        Adapter.load(folder),
+        config["kind"],
+        FusionConfig(**config["fusion"]) if "fusion" in config else None,
+        MixupConfig(**config["mixup"]) if "mixup" in config else None,
+        step.config["language"],
+        cache,
+    )
 
 
 def _head(config: Mapping[str, Any]) -> "Head | None":
@@ -194,7 +298,9 @@ def _sequences(step: Step, session: Session, values: TrainingConfig) -> tuple[li
         items = projected_examples(task, _shortened(config, session), labels)
         what["projected"] = len(items)
     else:
-        items = session.asked(config, values.limit)
+        items = session.asked(step, values.limit)
+        if skipped := session.skipped(step):
+            what["without_counterpart"] = skipped
     sequences, counts = reading.of_items(backbone, items, values, _head(config))
     return sequences, what | counts
 
@@ -260,7 +366,8 @@ def _predict(step: Step, session: Session, work: Path) -> dict[str, Any]:
 
     config = step.config
     adapter = _adapter_of(step, session)
-    examples = session.asked(config, config["limit"])
+    examples = session.asked(step, config["limit"])
+    skipped = session.skipped(step)
     backbone = session.backbone
     began = time.monotonic()
     asking = Asking(
@@ -278,6 +385,7 @@ def _predict(step: Step, session: Session, work: Path) -> dict[str, Any]:
     return {
         "items": len(said),
         "truncated": sum(item.truncated for item in said),
+        **({"without_counterpart": skipped} if skipped else {}),
         "seconds": round(time.monotonic() - began, 3),
         "environment": environment(backbone),
     }
@@ -288,7 +396,7 @@ def _read(step: Step, session: Session, work: Path) -> dict[str, Any]:
     from lingraft.evaluation import text_log_likelihood
 
     config, backbone = step.config, session.backbone
-    texts = [e.prompt for e in session.asked(config, config["limit"])]
+    texts = [e.prompt for e in session.asked(step, config["limit"])]
     value, tokens = text_log_likelihood(backbone, _adapter_of(step, session), texts, max_length=config["max_length"])
     write_json(work / READING, {"log_likelihood": value, "tokens": tokens})
     return {"environment": environment(backbone)}
@@ -362,6 +470,62 @@ def _compare(step: Step, session: Session, work: Path) -> dict[str, Any]:
     return {}
 
 
+def _translate(step: Step, session: Session, work: Path) -> dict[str, Any]:
+    from lingraft.translation import Translator
+
+    config, experiment = step.config, session.experiment
+    task = session.task(config["task"])
+    sources = task.sources(config["language"], config["split"], session.data_dir, experiment.data_revision)
+    rows = canonical_rows(task, sources)
+    name = rendered(task).id_field or ""
+    chosen = sampled([row.fields[name] for row in rows], config.get("limit"))
+    rows = [row for row in rows if row.fields[name] in chosen]
+    session.progress(0, 0, "loading the translation model")
+    translator = Translator(
+        config["model"],
+        config["language"],
+        config["into"],
+        revision=experiment.translation.revision,
+        device=experiment.backbone.device,
+        dtype=config["dtype"],
+        beams=config["beams"],
+    )
+
+    def translate(texts: list[str]) -> list[str]:
+        return translator.translate(texts, lambda done, total: session.progress(done, total, ""))
+
+    made = translated_rows(task, rows, translate, answers=config["answers"])
+    with writing(work), (work / ROWS).open("w", encoding="utf-8") as file:
+        for row in made.rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return {"rows": len(made.rows), "dropped": list(made.dropped), "cut": translator.cut}
+
+
+def _states(step: Step, session: Session, work: Path) -> dict[str, Any]:
+    """Source states of a training's counterparts, computed once."""
+    from lingraft import reading
+    from lingraft.backbones import environment
+    from lingraft.fusion.stored import store_states
+
+    config, backbone = step.config, session.backbone
+    values = session.experiment.fusion_values.model_copy(
+        update={"max_length": config["max_length"], "limit": config["limit"]}
+    )
+    items = session.asked(step, values.limit)
+    sequences, _ = reading.of_items(backbone, items, values, _head(config))
+    size = store_states(
+        backbone,
+        Adapter.load(session.folder(step.inputs["stage1"])),
+        sequences,
+        work,
+        fusion=FusionConfig(**config["places"]),
+        digest=step.key,
+        limit_bytes=int(session.experiment.fusion.cache_limit * 1e9),
+        progress=lambda done, total: session.progress(done, total, ""),
+    )
+    return {"bytes": size, "environment": environment(backbone)}
+
+
 _EXECUTORS: dict[str, Callable[[Step, Session, Path], dict[str, Any]]] = {
     "train": _train,
     "merge": _merge,
@@ -371,4 +535,6 @@ _EXECUTORS: dict[str, Callable[[Step, Session, Path], dict[str, Any]]] = {
     "score": _score,
     "select": _select,
     "compare": _compare,
+    "translate": _translate,
+    "states": _states,
 }

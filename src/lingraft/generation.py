@@ -8,8 +8,9 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from lingraft.backbones import Backbone
-from lingraft.batching import cut
+from lingraft.batching import Counterpart, counterpart, cut
 from lingraft.errors import UserError
+from lingraft.fusion.attaching import fusing
 from lingraft.prefixes import attention_shape
 from lingraft.tasks.items import Example
 
@@ -75,6 +76,7 @@ def written(
             remedy="give a smaller evaluation.new_tokens",
         )
     prompts: list[tuple[int, list[int], bool]] = []
+    sources = [counterpart(backbone, example, room) for example in examples]
     for number, example in enumerate(examples):
         ids = backbone.encode(example.prompt)
         excess = len(backbone.prefix) + len(ids) - room
@@ -83,7 +85,8 @@ def written(
     found: list[tuple[str, bool]] = [("", False)] * len(examples)
     finished = 0
     for batch in _batched(prompts, new_tokens, batch_tokens or _affordable(backbone)):
-        texts = _continued(backbone, [ids for _, ids, _ in batch], new_tokens, stop)
+        rows, beside = [ids for _, ids, _ in batch], [sources[number] for number, _, _ in batch]
+        texts = _continued(backbone, rows, beside, new_tokens, stop)
         for (number, _, truncated), text in zip(batch, texts, strict=True):
             found[number] = (ended(text, stop), truncated)
         finished += len(batch)
@@ -127,7 +130,14 @@ def _packed_head(backbone: Backbone) -> Iterator[None]:
         handle.remove()
 
 
-def _continued(backbone: Backbone, rows: Sequence[list[int]], new_tokens: int, stop: Sequence[str]) -> list[str]:
+def _continued(
+    backbone: Backbone,
+    rows: Sequence[list[int]],
+    sources: Sequence[Counterpart | None],
+    new_tokens: int,
+    stop: Sequence[str],
+    cached: bool = True,
+) -> list[str]:
     width = len(rows[0])
     ids = torch.full((len(rows), width), backbone.pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -135,7 +145,17 @@ def _continued(backbone: Backbone, rows: Sequence[list[int]], new_tokens: int, s
         ids[number, width - len(row) :] = torch.tensor(row)
         mask[number, width - len(row) :] = 1
     criteria = StoppingCriteriaList([_Stop(backbone, width, tuple(stop))] if stop else [])
-    with backbone.autocast(), _packed_head(backbone), backbone.greedy(new_tokens) as configuration:
+    lengths = [len(row) for row in rows]
+    beside = fusing(
+        backbone,
+        sources,
+        lengths,
+        starts=[width - length for length in lengths],
+        written=[new_tokens] * len(rows),
+        cached=cached,
+    )
+    with backbone.autocast(), _packed_head(backbone), backbone.greedy(new_tokens) as configuration, beside:
+        configuration.use_cache = cached
         out = backbone.model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids.to(backbone.device),
             attention_mask=mask.to(backbone.device),

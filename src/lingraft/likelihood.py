@@ -6,13 +6,14 @@ scored whole.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from lingraft.backbones import Backbone
-from lingraft.batching import cut, shared_start
+from lingraft.batching import Counterpart, counterpart, cut, shared_start
 from lingraft.errors import DataError, UserError
+from lingraft.fusion.attaching import fusing
 from lingraft.losses import project, summed_cross_entropy
 from lingraft.metrics import Prediction
 from lingraft.tasks.items import Example
@@ -31,6 +32,9 @@ class _Query:
     """Per position from `position` on: (offset, tokens). For `first_token` one offset with a token a candidate."""
     candidate: int | None
     truncated: bool
+    prompt: int = 0
+    """Tokens before the answer: those that are mixed with the counterpart's."""
+    source: Counterpart | None = None
 
 
 def label_likelihoods(
@@ -66,7 +70,8 @@ def gold_likelihoods(
     for number, example in enumerate(examples):
         prompt, whole = backbone.encode(example.prompt), backbone.encode(example.prompt + example.completion)
         shared = shared_start([prompt, whole])
-        queries.append(_whole(backbone, number, example, whole, shared, max_length, example.completion, None))
+        made = _whole(backbone, number, example, whole, shared, max_length, example.completion, None)
+        queries.append(replace(made, source=counterpart(backbone, example, max_length)))
     found = [(0.0, False)] * len(examples)
     for query, values in _answers(backbone, queries, batch_tokens, progress):
         if not values:
@@ -92,7 +97,8 @@ def _whole(
     text = example.prompt + completion
     kept = (*backbone.prefix, *cut(backbone, text, ids, excess, example.cuttable, example.id))
     asked = tuple((offset, (token,)) for offset, token in enumerate(rest))
-    return _Query(number, kept, len(kept) - len(rest) - 1, asked, candidate, excess > 0)
+    before = len(backbone.prefix) + shared_start([backbone.encode(example.prompt), ids]) - max(0, excess)
+    return _Query(number, kept, len(kept) - len(rest) - 1, asked, candidate, excess > 0, max(1, before))
 
 
 def _begins(rows: Sequence[list[int]]) -> bool:
@@ -101,6 +107,11 @@ def _begins(rows: Sequence[list[int]]) -> bool:
 
 
 def _queries(backbone: Backbone, number: int, example: Example, scoring: str, max_length: int) -> list[_Query]:
+    source = counterpart(backbone, example, max_length)
+    return [replace(q, source=source) for q in _compared(backbone, number, example, scoring, max_length)]
+
+
+def _compared(backbone: Backbone, number: int, example: Example, scoring: str, max_length: int) -> list[_Query]:
     whole = [backbone.encode(example.prompt + c) for c in example.candidates]
     if _begins(whole):  # Else the shorter one, whose tokens all are the longer's too, would always win.
         end = backbone.tokenizer.eos_token_id
@@ -126,7 +137,7 @@ def _queries(backbone: Backbone, number: int, example: Example, scoring: str, ma
     if distinct and scoring in ("auto", "first_token"):
         first = _whole(backbone, number, example, whole[0], shared, max_length, example.candidates[0], None, longest)
         context = first.ids[: first.position + 1]
-        return [_Query(number, context, len(context) - 1, ((0, firsts),), None, first.truncated)]
+        return [_Query(number, context, len(context) - 1, ((0, firsts),), None, first.truncated, first.prompt)]
     return [
         _whole(backbone, number, example, ids, shared, max_length, text, index, longest)
         for index, (ids, text) in enumerate(zip(whole, example.candidates, strict=True))
@@ -155,7 +166,9 @@ def _batched(queries: Sequence[_Query], batch_tokens: int) -> list[list[_Query]]
     return result
 
 
-def _states(backbone: Backbone, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _states(
+    backbone: Backbone, rows: Sequence[Sequence[int]], queries: Sequence[_Query] = ()
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """States before the output embedding, ids and mask of rows, the longest first, padded on the right."""
     ids = torch.full((len(rows), len(rows[0])), backbone.pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -163,12 +176,14 @@ def _states(backbone: Backbone, rows: Sequence[Sequence[int]]) -> tuple[torch.Te
         ids[number, : len(row)] = torch.tensor(row)
         mask[number, : len(row)] = 1
     ids, mask = ids.to(backbone.device), mask.to(backbone.device)
-    with backbone.autocast():
+    answers = [len(q.ids) - q.prompt for q in queries]
+    beside = fusing(backbone, [q.source for q in queries], [q.prompt for q in queries], written=answers)
+    with backbone.autocast(), beside:
         return backbone.hidden(ids, mask), ids, mask
 
 
 def _score(backbone: Backbone, batch: Sequence[_Query]) -> list[list[float]]:
-    states, _, _ = _states(backbone, [query.ids for query in batch])
+    states, _, _ = _states(backbone, [query.ids for query in batch], batch)
     rows = [row for row, query in enumerate(batch) for _ in query.asked]
     positions = [query.position + offset for query in batch for offset, _ in query.asked]
     weight = backbone.model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]

@@ -34,6 +34,7 @@ _HUB_FILES = [
     "*.json",
     "tokenizer*",
     "*.model",
+    "*.spm",
     "*.txt",
     "*.jinja",
 ]
@@ -153,7 +154,7 @@ def _folder_digest(folder: Path) -> str:
     if not weights:
         refuse_pickles(folder)
         raise BackboneError("this folder has no *.safetensors weights", where=folder)
-    rest = [p for p in folder.iterdir() if p.suffix in (".json", ".model", ".txt", ".jinja", ".py")]
+    rest = [p for p in folder.iterdir() if p.suffix in (".json", ".model", ".spm", ".txt", ".jinja", ".py")]
     return "folder:" + digest_value({p.name: digest_file(p) for p in sorted([*weights, *rest])})
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from lingraft.config import FUSION_FUNCTIONS
 from lingraft.errors import UserError, suggestion
 
 Reference = Literal[
@@ -26,7 +27,8 @@ class Method:
         title: What tables print.
         says: One line on what it does.
         adapter: What is evaluated: nothing, the task's adapter in the `source` or the `target` language, one trained on the
-            source's task `sequential`ly after the target's reference task, T trained on with `projected` labels, or a `graft`.
+            source's task `sequential`ly after the target's reference task, T trained on with `projected` labels, a `graft`, or a
+            `second` stage, trained in the target language on top of a first one that is merged in.
         references: For a graft, whose difference is added: the reference adapter of the target, the source or another language,
             or the `initial` adapter, which is untrained (LoRA: an update of zero); the same of T trained on with projected
             labels, where T itself (`task`) is what training began with.
@@ -35,18 +37,29 @@ class Method:
         neutral: For a graft, the weight at which it is the task's adapter itself: 0, but 1 for AriMerge.
         criterion: For a graft, by what its weight is chosen: one of `CRITERIA`.
         prompt: The wording it is asked in, where that is the method; None: the experiment's. Training has the experiment's.
+        reads: What of an item's counterpart in the source language is read, in the second stage and when asked: none of it
+            (`alone`), `beside` the item, `concatenated` with it as one input, `instead` of it, or for a translation encoder the
+            item `itself`.
+        second: For a second stage, what it is: plain `lora`, `fused` with the counterpart's states or (`fused-mt`) with a
+            translation encoder's, or `mixup`.
+        first: For a second stage, the first: the task's adapter in the `source` language, or a graft, by its name.
+        function: For a fused second stage, φ; None: the experiment's.
     """
 
     name: str
     title: str
     says: str
-    adapter: Literal["none", "source", "target", "sequential", "projected", "graft"]
+    adapter: Literal["none", "source", "target", "sequential", "projected", "graft", "second"]
     references: tuple[Reference, Reference] = ("target", "source")
     space: str | None = None
     rule: str = "transfer"
     neutral: float = 0.0
     criterion: str = "labels"
     prompt: str | None = None
+    reads: Literal["alone", "beside", "concatenated", "instead", "itself"] = "alone"
+    second: Literal["lora", "fused", "fused-mt", "mixup"] | None = None
+    first: str = "source"
+    function: str | None = None
 
 
 _ROWS = (
@@ -164,22 +177,80 @@ _ROWS = (
         ("projected-other", "task"),
         space="product",
     ),
+    Method(
+        "translate-test",
+        "Translate-test",
+        "the source's adapter, asked in the source language: the items' translations",
+        "source",
+        reads="instead",
+    ),
+    Method(
+        "translate-train",
+        "LoRA (translate-train)",
+        "a second stage on the target's training items, without fusion: what the methods below are measured against",
+        "second",
+        second="lora",
+    ),
+    Method(
+        "input-fusion",
+        "Input-level fusion",
+        "a second stage that reads both texts in one input",
+        "second",
+        reads="concatenated",
+        second="lora",
+    ),
+    Method(
+        "x-mixup",
+        "X-Mixup",
+        "a second stage in which one layer's states are mixed with the counterpart's, aligned by attention (Yang et al. 2022)",
+        "second",
+        reads="beside",
+        second="mixup",
+    ),
+    Method(
+        "flare",
+        "FLARE",
+        "a second stage whose LoRA bottlenecks mix the text's states with its counterpart's",
+        "second",
+        reads="beside",
+        second="fused",
+    ),
+    Method(
+        "flare-mt",
+        "FLARE-MT",
+        "as flare, with the states of a translation encoder that reads the target text: no translation is needed",
+        "second",
+        reads="itself",
+        second="fused-mt",
+    ),
+    Method(
+        "flare-graft",
+        "FLARE on AdaMergeX",
+        "as flare, on a first stage that is AdaMergeX's graft for the language",
+        "second",
+        reads="beside",
+        second="fused",
+        first="adamergex",
+    ),
 )
 
 METHODS = {row.name: row for row in _ROWS}
 
 
 def method(name: str) -> Method:
-    """A row of the table, or a row whose weight is chosen by another criterion: `adamergex-product:entropy`.
+    """A row of the table, one whose weight is chosen by another criterion (`adamergex-product:entropy`), or with another φ
+    (`flare:mul`).
 
     Raises:
-        UserError: There is no such method or criterion, or the method has no weight to choose.
+        UserError: There is no such method, criterion or function, or the method has no weight to choose.
     """
     row, colon, criterion = name.partition(":")
     if row not in METHODS:
         raise UserError(f"unknown method '{row}'", remedy=suggestion(row, METHODS))
     if not colon:
         return METHODS[row]
+    if METHODS[row].second in ("fused", "fused-mt"):
+        return _with_function(METHODS[row], name, criterion)
     if criterion not in CRITERIA:
         raise UserError(f"unknown criterion '{criterion}' in '{name}'", remedy=suggestion(criterion, CRITERIA))
     found = METHODS[row]
@@ -195,4 +266,14 @@ def method(name: str) -> Method:
         title=f"{found.title}, λ by {criterion}",
         says=f"{found.says}; λ by {CRITERIA[criterion]}",
         criterion=criterion,
+    )
+
+
+def _with_function(row: Method, name: str, function: str) -> Method:
+    if function not in FUSION_FUNCTIONS:
+        raise UserError(
+            f"unknown fusion function '{function}' in '{name}'", remedy=suggestion(function, FUSION_FUNCTIONS)
+        )
+    return replace(
+        row, name=name, title=f"{row.title}, {function}", says=f"{row.says}; φ is {function}", function=function
     )

@@ -40,6 +40,7 @@ def check_served(architecture: str, task: Task, experiment: Experiment, methods:
             remedy="use lora, ia3 or bottleneck",
         )
     for row in methods:
+        _check_two_languages(architecture, task, row)
         if encoder and (row.adapter == "none" or row.prompt is not None):
             raise ConfigError(
                 f"the method '{row.name}' asks the model in words; an encoder without a trained head says nothing",
@@ -62,6 +63,24 @@ def check_served(architecture: str, task: Task, experiment: Experiment, methods:
     if encoder and experiment.evaluation.scoring not in ("auto",):
         raise ConfigError(
             f"evaluation.scoring={experiment.evaluation.scoring}: an encoder answers with its head", remedy="use auto"
+        )
+
+
+def _check_two_languages(architecture: str, task: Task, row: Method) -> None:
+    """Makes sure that a method of two languages can serve the task.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if row.reads == "instead" and task.kind != "choice":
+        raise ConfigError(
+            f"'{row.name}' would answer '{task.name}' in the source language, so there is nothing to compare with",
+            remedy="leave it out of `methods`",
+        )
+    if row.second == "mixup" and architecture == "decoder":
+        raise ConfigError(
+            f"'{row.name}' mixes the states of an encoder, and this backbone is a decoder",
+            remedy="leave it out of `methods`, or use an encoder or an encoder-decoder",
         )
 
 

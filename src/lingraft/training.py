@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ from lingraft.batching import TokenSequence, batches, derived_seed, loss_positio
 from lingraft.config import AdapterConfig, TrainingConfig
 from lingraft.encoding import LABELLED, MASKED, LabelledSequence, MaskedSequence
 from lingraft.errors import AdapterError, LingraftError, UserError
+from lingraft.fusion.attaching import fusing, put_on
+from lingraft.fusion.stages import SecondStage
 from lingraft.heads import Head
 from lingraft.layouts.common import CONFIG, SIDECAR, WEIGHTS
 from lingraft.losses import Drawn, Objective, summed_cross_entropy
@@ -76,7 +79,9 @@ def _summed_next_tokens(backbone: Backbone, model: Any, part: Sequence[Drawn]) -
         ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
         attention[row, : len(sequence.ids)] = 1
     ids = ids.to(backbone.device)
-    with backbone.autocast():
+    answers = [len(s.ids) - s.start for s in chosen]
+    beside = fusing(backbone, [s.source for s in chosen], [s.start for s in chosen], written=answers)
+    with backbone.autocast(), beside:
         states = backbone.hidden(ids, attention.to(backbone.device))
     rows = torch.from_numpy(np.repeat(np.arange(len(chosen)), [len(p) for p in positions])).to(backbone.device)
     columns = torch.from_numpy(np.concatenate(positions)).to(backbone.device)
@@ -156,6 +161,7 @@ def train(
     head: Head | None = None,
     seed: int = 0,
     start_from: Path | None = None,
+    second: SecondStage | None = None,
     provenance: dict[str, Any] | None = None,
     trackers: Sequence[str] = (),
     progress: Progress | None = None,
@@ -175,6 +181,7 @@ def train(
         head: The head of an encoder, which is trained and saved with the adapter; None: the one the sequences are for.
         seed: Initial weights, order, dropout and drawn positions.
         start_from: An adapter to go on from, instead of the initial weights.
+        second: What is trained is a second stage on top of this first one; an encoder's head goes on from the first's.
         provenance: Written to the sidecar.
         trackers: accelerate's trackers, such as `tensorboard`; they write below `out/trackers`.
         progress: Called after every step.
@@ -199,12 +206,23 @@ def train(
     init_hash = hash_tensors({name: t for name, t in tensors.items() if name not in heads})
     if start_from is not None:
         tensors = _tensors_of(start_from, tensors, heads)
+    if second is not None:
+        tensors = tensors | _heads_of(second.first, tensors, heads)
     config = peft_config(made)
-    with backbone.attached(config, tensors, head) as model:
+    extra: dict[str, torch.Tensor] = {}
+    with ExitStack() as stack:
+        if second is not None:
+            stack.enter_context(backbone.merged(second.first))
+        model = stack.enter_context(backbone.attached(config, tensors, head))
+        if second is not None:
+            further = stack.enter_context(put_on(backbone, model, second, seed=seed))
+            extra = dict(further.state_dict()) if further is not None else {}  # The tensors themselves, not copies.
         model.train()
         summary = _loop(backbone, model, sequences, out, training, seed, trackers, progress, checkpoint_seconds)
         final = {name: t.detach().float().cpu().numpy() for name, t in get_peft_model_state_dict(model).items()}
     write_all(out / WEIGHTS, final)
+    if second is not None:
+        second.write(out, extra)
     names = {field: _names(backbone, made[field], head) for field in _MODULES if field in made}
     if saved:  # PEFT adds names of its own.
         names["modules_to_save"] = saved
@@ -216,6 +234,7 @@ def train(
         "backbone": {"name": backbone.located.name, "digest": backbone.digest},
         "init_sha256": init_hash,
         **({"head": head.as_dict()} if head is not None else {}),
+        **({"second": second.notes()} if second is not None else {}),
         "provenance": {"how": "train", "seed": seed, "lingraft": __version__, **(provenance or {})},
     }
     write_json(out / SIDECAR, sidecar)
@@ -263,8 +282,13 @@ def _tensors_of(folder: Path, like: dict[str, torch.Tensor], heads: set[str]) ->
             f"the adapter to start from has another structure: {len(wrong)} tensors, first {wrong[0]}",
             where=folder,
         )
+    return found | {name: like[name] for name in sorted(heads)} | _heads_of(adapter, like, heads)
+
+
+def _heads_of(adapter: Adapter, like: dict[str, torch.Tensor], heads: set[str]) -> dict[str, torch.Tensor]:
+    """Those of an adapter's head's tensors that have the right size."""
     known = {n: torch.from_numpy(np.array(adapter.others[n](), np.float32)) for n in heads & set(adapter.others)}
-    return found | {n: known[n] if n in known and known[n].shape == like[n].shape else like[n] for n in sorted(heads)}
+    return {name: tensor for name, tensor in sorted(known.items()) if tensor.shape == like[name].shape}
 
 
 def _loop(

@@ -9,8 +9,10 @@ import torch
 
 from lingraft.adapter import Adapter
 from lingraft.backbones import Backbone
+from lingraft.batching import Counterpart
 from lingraft.encoding import Encoded
 from lingraft.errors import BackboneError, DataError
+from lingraft.fusion.attaching import fusing, with_adapter
 from lingraft.losses import Drawn, Objective, project, summed_cross_entropy
 from lingraft.metrics import Generated, Prediction
 from lingraft.tasks.items import Example
@@ -22,10 +24,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class PairSequence:
-    """What is read and what is to be written, end of text included."""
+    """What is read, what is to be written, end of text included, and what is read beside it of the item's counterpart."""
 
     source: tuple[int, ...]
     target: tuple[int, ...]
+    counterpart: Counterpart | None = None
 
     @property
     def length(self) -> int:
@@ -81,6 +84,12 @@ def read(backbone: Backbone, example: Example, max_input: int) -> tuple[tuple[in
     return (*(token for n, token in enumerate(ids) if n not in gone), *end), True
 
 
+def counterpart(backbone: Backbone, example: Example, max_input: int) -> Counterpart | None:
+    """What is read of an item's counterpart, as `read` reads an item."""
+    source = example.source
+    return None if source is None else Counterpart(read(backbone, source, max_input)[0], text=source.prompt)
+
+
 def _written(backbone: Backbone, text: str, max_output: int | None = None) -> tuple[int, ...]:
     """An answer as ids, end of text included; a longer one loses its last tokens and its end of text."""
     ids = (*backbone.encode(text.strip()), *_end(backbone))
@@ -98,7 +107,8 @@ def answer_sequences(backbone: Backbone, examples: Sequence[Example], max_input:
     prompts = [read(backbone, e, max_input) for e in examples]
     answers = [_written(backbone, e.completion) for e in examples]
     cut = sum(shorter or len(a) > max_output for (_, shorter), a in zip(prompts, answers, strict=True))
-    pairs = [PairSequence(ids, a[:max_output]) for (ids, _), a in zip(prompts, answers, strict=True)]
+    beside = [counterpart(backbone, e, max_input) for e in examples]
+    pairs = [PairSequence(p[0], a[:max_output], c) for p, a, c in zip(prompts, answers, beside, strict=True)]
     return Encoded(pairs, cut)
 
 
@@ -195,10 +205,12 @@ def _shifted(backbone: Backbone, target: Sequence[int]) -> tuple[int, ...]:
     return (backbone.pad_id if start is None else start, *target[:-1])
 
 
-def _encoded(backbone: Backbone, sources: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _encoded(
+    backbone: Backbone, sources: Sequence[Sequence[int]], beside: Sequence[Counterpart | None]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The encoder's states, and the mask of what it read."""
     ids, mask = _padded(backbone, sources)
-    with backbone.autocast():
+    with backbone.autocast(), fusing(backbone, beside, [len(ids) for ids in sources]):
         return backbone.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state, mask
 
 
@@ -232,7 +244,7 @@ def _draw_corrupted(backbone: Backbone, chosen: Sequence[CorruptedSequence], sha
 def _summed(backbone: Backbone, model: Any, part: Sequence[Drawn]) -> torch.Tensor:
     """Summed cross-entropy over what is to be written."""
     chosen: list[PairSequence] = [d.item for d in part if d.terms]
-    states, mask = _encoded(backbone, [s.source for s in chosen])
+    states, mask = _encoded(backbone, [s.source for s in chosen], [s.counterpart for s in chosen])
     here, labels = _states(backbone, states, mask, [s.target for s in chosen])
     weight = backbone.model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
     return summed_cross_entropy(here, weight, labels)  # pyright: ignore[reportArgumentType]
@@ -302,12 +314,13 @@ def predict_choice(
     if not examples:
         raise DataError("there is nothing to evaluate")
     sources = [read(backbone, e, max_input) for e in examples]
+    beside = [counterpart(backbone, e, max_input) for e in examples]
     targets = [[_written(backbone, c) for c in e.candidates] for e in examples]
     found: list[Prediction | None] = [None] * len(examples)
     done = 0
-    with backbone.with_adapter(adapter), torch.inference_mode():
+    with with_adapter(backbone, adapter), torch.inference_mode():
         for numbers in _batches([s for s, _ in sources], [len(t) for t in targets], batch_tokens):
-            states, mask = _encoded(backbone, [sources[n][0] for n in numbers])
+            states, mask = _encoded(backbone, [sources[n][0] for n in numbers], [beside[n] for n in numbers])
             owners = torch.tensor([row for row, n in enumerate(numbers) for _ in targets[n]], device=states.device)
             flat = [target for n in numbers for target in targets[n]]
             values = iter(_log_likelihoods(backbone, states[owners], mask[owners], flat))
@@ -354,16 +367,18 @@ def generate(
     if not examples:
         raise DataError("there is nothing to evaluate")
     sources = [read(backbone, e, max_input) for e in examples]
+    beside = [counterpart(backbone, e, max_input) for e in examples]
     found: list[Generated | None] = [None] * len(examples)
     done = 0
-    with backbone.with_adapter(adapter), torch.inference_mode():
+    with with_adapter(backbone, adapter), torch.inference_mode():
         for numbers in _batches([s for s, _ in sources], [1] * len(sources), batch_tokens):
             rows = [sources[n][0] for n in numbers]
-            states, mask = _encoded(backbone, rows)
+            besides = [beside[n] for n in numbers]
+            states, mask = _encoded(backbone, rows, besides)
             likely = _log_likelihoods(
                 backbone, states, mask, [_written(backbone, examples[n].completion) for n in numbers]
             )
-            texts = _texts(backbone, rows, max_output) if write else [None] * len(rows)
+            texts = _texts(backbone, rows, besides, max_output) if write else [None] * len(rows)
             for n, text, values in zip(numbers, texts, likely, strict=True):
                 e = examples[n]
                 references = e.references or ((e.completion.strip(),) if e.candidates else ())
@@ -374,10 +389,13 @@ def generate(
     return found  # pyright: ignore[reportReturnType]
 
 
-def _texts(backbone: Backbone, rows: Sequence[Sequence[int]], max_output: int) -> list[str]:
+def _texts(
+    backbone: Backbone, rows: Sequence[Sequence[int]], beside: Sequence[Counterpart | None], max_output: int
+) -> list[str]:
     """What is written, special tokens left out."""
     ids, mask = _padded(backbone, rows)
     model: Any = backbone.model
-    with backbone.autocast(), backbone.greedy(max_output) as configuration:
+    mixed = fusing(backbone, beside, [len(row) for row in rows])
+    with backbone.autocast(), backbone.greedy(max_output) as configuration, mixed:
         out = model.generate(input_ids=ids, attention_mask=mask, generation_config=configuration)
     return [str(backbone.tokenizer.decode(row, skip_special_tokens=True)) for row in out.tolist()]

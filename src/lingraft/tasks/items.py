@@ -1,7 +1,7 @@
 """What a model is asked, item by item: one value for choice, extraction, numbers and summaries, for every architecture."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from lingraft.digests import digest_value
 
@@ -25,6 +25,7 @@ class Example:
         parts: What an encoder reads: one text, or two.
         options: For multiple choice by an encoder, the text of every option, in the order of `candidates`.
         span: For extraction by an encoder, the first and the last character (exclusive) of the answer in the last of `parts`.
+        source: The same item in the source language, without its answer (`asked`): what FLARE fuses with.
     """
 
     id: str
@@ -37,6 +38,12 @@ class Example:
     parts: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     span: tuple[int, int] | None = None
+    source: "Example | None" = None
+
+    @property
+    def asked(self) -> "Example":
+        """The item without its answer: nothing of a label can come from it."""
+        return replace(self, candidates=(), gold=0, answer="", references=(), span=None, source=None)
 
     @property
     def completion(self) -> str:
@@ -44,9 +51,14 @@ class Example:
         return self.candidates[self.gold] if self.candidates else self.answer
 
 
+def sampled(ids: Iterable[str], limit: int | None) -> set[str]:
+    """The ids whose hashes are smallest, at most so many: a smaller sample is part of a larger one."""
+    return set(sorted(ids, key=lambda name: digest_value(name))[:limit])
+
+
 def subset(examples: Sequence[Example], limit: int | None) -> list[Example]:
-    """A sample that is the same in every language: the items whose hashed ids are smallest, in their own order."""
+    """A sample that is the same in every language: see `sampled`; in the items' own order."""
     if limit is None or limit >= len(examples):
         return list(examples)
-    chosen = set(sorted((e.id for e in examples), key=lambda name: digest_value(name))[:limit])
+    chosen = sampled((e.id for e in examples), limit)
     return [e for e in examples if e.id in chosen]

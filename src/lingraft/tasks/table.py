@@ -273,6 +273,23 @@ _XQUAD_TYDIQA = replace(
     note="XQuAD's test, trained on TyDiQA-GoldP's English part; TyDiQA's dev set in other languages is the validation.",
 )
 
+
+def _of_articles(low: float, high: float) -> tuple[Layout, ...]:
+    return tuple(replace(layout, only=Only("title", "*", (low, high))) for layout in _XQUAD.layouts["test"])
+
+
+_XQUAD_ARTICLES = replace(
+    _XQUAD,
+    name="xquad-articles",
+    # The titles are English in every file: an item is in the same part in all languages.
+    layouts={"train": _of_articles(0.0, 0.5), "validation": _of_articles(0.5, 0.6), "test": _of_articles(0.6, 1.0)},
+    hubs=(),  # The hub's rows have no titles.
+    licence="XQuAD: CC BY-SA 4.0",
+    note="XQuAD's test set, divided by article, drawn by their titles: 706 questions to train on, 118 for validation, 366 for the "
+    "test, the same in every language. It is for methods that need items with labels and translations in all "
+    "languages, and is not comparable with XQuAD's published figures.",
+)
+
 _XLSUM_LANGUAGES = _codes(
     "am ar az bn cy en es fa fr gd gu ha hi id ig ja ko ky mr my ne om pa pcm ps pt rn ru si so sr sw ta te th ti tr uk ur "
     "uz vi yo zh"
@@ -310,6 +327,7 @@ TASKS: dict[str, Task] = {
         _MGSM,
         _XQUAD,
         _XQUAD_TYDIQA,
+        _XQUAD_ARTICLES,
         _TYDIQA,
         _XLSUM,
     )

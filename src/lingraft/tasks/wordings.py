@@ -2,9 +2,10 @@
 
 `default` is the AdaMergeX paper's zero-shot wording with one final cue, the same in training and evaluation and without a
 blank behind it. `paper` is what that paper's published evaluation code asks (its cues end in a blank, so answers start
-without one). `xlt` fills the six slots of Huang et al. (2023, arXiv 2305.07004, appendix); a constraint is written without the
-brackets that mark it as optional there. `xlt-adamergex` is the same code's own XLT, which departs from it: no blank after
-`for`, other slots, no line that asks for a format (XL-Sum has half of one), and 16 tokens of room in three tasks.
+without one). `flare` is the wording of the FLARE paper's three tasks, without the blank behind its cues. `xlt` fills the six
+slots of Huang et al. (2023, arXiv 2305.07004, appendix); a constraint is written without the brackets that mark it as optional
+there. `xlt-adamergex` is the AdaMergeX code's own XLT, which departs from it: no blank after `for`, other slots, no line that
+asks for a format (XL-Sum has half of one), and 16 tokens of room in three tasks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -125,9 +126,11 @@ XNLI = {
         f"{_among('relationship', ('entailment', 'contradiction', 'neutral'))}.\n"
         "You should step-by-step answer the request. Answer by entailment, contradiction or neutral.\nRelationship: "
     ),
+    "flare": Prompt("Premise: {premise}\nHypothesis: {hypothesis}\nLabel:"),
 }
 
 _EXTRACT = Prompt("{context} Question: {question}\nAnswer:")
+_FLARE_EXTRACT = Prompt("Context: {context}\nQuestion: {question}\nAnswer:")
 # MKQA's slots with the context before the question: the XLT paper has no task of extraction.
 _XLT_EXTRACT = xlt(
     "a question answering",
@@ -145,8 +148,9 @@ XQUAD = {
         f"I want you to act as a question answering expert for{{language_name}}\n{_RETELL}\n"
         "Question: {context}{question}\nAnswer: "
     ),
+    "flare": _FLARE_EXTRACT,
 }
-TYDIQA = {"default": _EXTRACT, "xlt": _XLT_EXTRACT}
+TYDIQA = {"default": _EXTRACT, "xlt": _XLT_EXTRACT, "flare": _FLARE_EXTRACT}
 
 XLSUM = {
     "default": Prompt("Summarize the context in one sentence. Title: {title} Context: {text}\nSummary:", new_tokens=64),
@@ -192,6 +196,7 @@ NUSAX = {
         f"judge whether the sentiment of the text is {_or(SENTIMENTS, 'or')}. {_among('sentiment', SENTIMENTS)}",
         "sentiment",
     ),
+    "flare": Prompt("{text}\nSentiment:", new_tokens=8),
 }
 
 WORDINGS: Mapping[str, Mapping[str, Prompt]] = MappingProxyType(

@@ -1,117 +1,24 @@
-"""From an experiment to the unique steps it takes. Planning reads configurations and digests, never a model.
+"""From an experiment to the unique steps it takes. Planning reads configurations and digests, never a model."""
 
-A step's key hashes its configuration, its inputs' keys, the digests of the data and base weights it reads, and the
-version of its kind. The key is its path in the store, so the same work is planned once and never done twice, whichever
-experiment asks.
-"""
-
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lingraft.config import Experiment, TrainingConfig
-from lingraft.digests import digest_file, digest_value
+from lingraft.config import NO_REFERENCE, AdapterConfig, Experiment, TrainingConfig
+from lingraft.digests import digest_file
 from lingraft.errors import ConfigError, DataError
 from lingraft.families import family
 from lingraft.languages import name_of
 from lingraft.locating import Located, architecture_of
 from lingraft.methods import Method, method
+from lingraft.plan.steps import Cell, Plain, Plan, Step, ordered
+from lingraft.plan.two_languages import Given, TwoLanguages
 from lingraft.protocols import PAPER
 from lingraft.serving import check_served, served_head
 from lingraft.tasks.reference import reference_path, reference_text
 from lingraft.tasks.sources import bundled_or
 from lingraft.tasks.table import find_task
 from lingraft.tasks.task import Task
-
-VERSIONS = {"train": 1, "merge": 1, "predict": 1, "score": 2, "read": 1, "project": 1, "select": 1, "compare": 1}
-"""The version of each kind of step: raised when a fix changes its results, which makes the kind's steps new work."""
-
-Plain = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Step:
-    """What to make from what.
-
-    Attributes:
-        kind: One of `VERSIONS`.
-        config: Everything asked for that can change the result.
-        inputs: Steps whose folders are read, by role.
-        reads: Digests of data files and base weights, by name.
-        label: For people; not part of the key.
-    """
-
-    kind: str
-    config: Plain
-    inputs: Mapping[str, "Step"] = field(default_factory=dict[str, "Step"])
-    reads: Mapping[str, str] = field(default_factory=dict[str, str])
-    label: str = ""
-
-    @cached_property
-    def key(self) -> str:
-        """24 hexadecimal digits of the hash of all that can change the result."""
-        return digest_value(self.identity(), 24)
-
-    def identity(self) -> dict[str, Any]:
-        """What the key hashes; also the step's record."""
-        return {
-            "kind": self.kind,
-            "version": VERSIONS[self.kind],
-            "config": dict(self.config),
-            "inputs": {role: step.key for role, step in self.inputs.items()},
-            "reads": dict(self.reads),
-        }
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One number of the table: a method, a language, a seed."""
-
-    method: str
-    language: str
-    seed: int
-    predict: Step
-    score: Step
-    adapter: Step | None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """An experiment's steps in an order in which they can run, and what they are for.
-
-    Attributes:
-        experiment: What was asked.
-        steps: Every step once, inputs first.
-        cells: The numbers of the table.
-        selections: The choice of λ, by method and, where it is chosen without labels, target language.
-        comparisons: The likeness of the references' updates, by (language, seed).
-        absent: (method, language, reason) where there are no data.
-    """
-
-    experiment: Experiment
-    steps: tuple[Step, ...]
-    cells: tuple[Cell, ...]
-    selections: Mapping[tuple[str, str | None], Step]
-    comparisons: Mapping[tuple[str, int], Step]
-    absent: tuple[tuple[str, str, str], ...]
-
-
-def ordered(targets: Iterable[Step]) -> tuple[Step, ...]:
-    """All steps that the targets need, each once, inputs first."""
-    found: dict[str, Step] = {}
-
-    def visit(step: Step) -> None:
-        if step.key in found:
-            return
-        for needed in step.inputs.values():
-            visit(needed)
-        found[step.key] = step
-
-    for target in targets:
-        visit(target)
-    return tuple(found.values())
 
 
 def make_plan(experiment: Experiment, located: Located) -> Plan:
@@ -120,10 +27,20 @@ def make_plan(experiment: Experiment, located: Located) -> Plan:
     Raises:
         UserError: A method or task is unknown, data or a development language is missing.
     """
-    return _Planner(experiment, located).plan()
+    return Planner(experiment, located).plan()
 
 
-class _Planner:
+class Planner:
+    """Makes the steps of one experiment; the same work is the same object.
+
+    Args:
+        experiment: What is asked.
+        located: Its base model.
+
+    Raises:
+        UserError: A method or task is unknown, or the base does not serve them.
+    """
+
     def __init__(self, experiment: Experiment, located: Located) -> None:
         self.experiment = experiment
         self.task: Task = find_task(experiment.task, experiment.tasks)
@@ -142,6 +59,7 @@ class _Planner:
         self._digests: dict[tuple[str, str, str], str] = {}
         self._steps: dict[str, Step] = {}
         self.selections: dict[tuple[str, str | None], Step] = {}
+        self.two = TwoLanguages(self)
 
     def plan(self) -> Plan:
         """See `make_plan`."""
@@ -152,9 +70,10 @@ class _Planner:
             self.rows_digest(self.task, experiment.source, "train")
         languages = {row.name: self.languages(row, absent) for row in self.methods}
         for row in self.methods:
-            if row.adapter == "graft" and languages[row.name]:
-                for language in languages[row.name] if row.criterion != "labels" else (None,):
-                    self.selections[row.name, language] = self.selection(row, language)
+            graft = row if row.adapter == "graft" else self.two.first_graft(row)
+            if graft is not None and languages[row.name]:
+                for language in languages[row.name] if graft.criterion != "labels" else (None,):
+                    self.selections[graft.name, language] = self.selection(graft, language)
         for row in self.methods:
             for language in languages[row.name]:
                 for seed in self.seeds(row) if row.adapter != "none" else self.seeds(row)[:1]:
@@ -262,8 +181,8 @@ class _Planner:
         after = "" if start_from is None else f" after {start_from.config['language']} {self.experiment.reference.task}"
         prompt = self.experiment.prompt if task is self.task else "default"
         config: dict[str, Any] = {"task": task.spec(prompt), "language": language, "split": split}
-        return self._training(
-            {**config, **_wording(prompt), **self._head(task)},
+        return self.training_step(
+            {**config, **wording(prompt), **self.head(task)},
             training,
             seed,
             {} if start_from is None else {"start_from": start_from},
@@ -271,22 +190,30 @@ class _Planner:
             f"train {task.name} {language}{after} seed {seed}",
         )
 
-    def _head(self, task: Task) -> dict[str, Any]:
+    def head(self, task: Task) -> dict[str, Any]:
         """What an encoder's training has on top of the adapter."""
         if self.architecture != "encoder":
             return {}
         return {"head": served_head(task)}
 
     def reference_adapter(self, language: str, seed: int) -> Step:
-        """The reference task's adapter in a language."""
+        """The reference task's adapter in a language.
+
+        Raises:
+            ConfigError: The experiment has none.
+        """
         config = self.experiment.reference
+        if config.task == NO_REFERENCE:
+            raise ConfigError(
+                "a method needs a reference task", remedy="add reference: {task: clm, text: ...}, or leave grafts out"
+            )
         if self.reference_task is not None:
             return self._labelled(self.reference_task, language, config.split, self.experiment.reference_values, seed)
         what: dict[str, Any] = {"reference": config.key("text", "data_dir"), "language": language}
         if config.task == "mlm":
             what["head"] = {"kind": "masked_lm", "labels": 0}
         # Plain text has no items and no answers: what is said of these is no reason to read it again.
-        return self._training(
+        return self.training_step(
             what,
             self.experiment.reference_values.model_copy(update=_OF_ITEMS),
             seed,
@@ -299,7 +226,7 @@ class _Planner:
         """T trained on with the labels it gave to the source side of parallel text, on this language's side."""
         config, labels = self.experiment.reference, self._projected_labels(seed)
         path = reference_path(config, language, self.experiment.data_dir)
-        return self._training(
+        return self.training_step(
             {"projected": config.segment_tokens, "task": self.task.spec(), "language": language},
             self.experiment.projection_values,
             seed,
@@ -336,8 +263,8 @@ class _Planner:
     def initial_adapter(self, seed: int) -> Step:
         """The adapter that all trainings of a seed start from; its update is zero."""
         training = TrainingConfig(epochs=0)
-        return self._training(
-            {"initial": True, "language": "-", **(self._head(self.reference_task) if self.reference_task else {})},
+        return self.training_step(
+            {"initial": True, "language": "-", **(self.head(self.reference_task) if self.reference_task else {})},
             training,
             seed,
             {},
@@ -345,7 +272,7 @@ class _Planner:
             f"initial adapter seed {seed}",
         )
 
-    def _training(
+    def training_step(
         self,
         what: Plain,
         training: TrainingConfig,
@@ -353,10 +280,12 @@ class _Planner:
         inputs: Mapping[str, Step],
         reads: Plain,
         label: str,
+        adapter: AdapterConfig | None = None,
     ) -> Step:
+        """The training of an adapter, of the experiment's structure if no other is given."""
         config = {
             **what,
-            "adapter": self.experiment.adapter.key(),
+            "adapter": (adapter or self.experiment.adapter).key(),
             "training": training.key(),
             "dtype": self.dtype,
             "seed": seed,
@@ -422,10 +351,15 @@ class _Planner:
         *,
         prompt: str,
         choosing: bool = False,
+        beside: Given | None = None,
     ) -> Step:
         """Predictions of the base, an adapter, or a graft merged in memory; for choosing λ, on fewer items and cheaper."""
         config, reads = self._asked(graft, language, split, choosing, prompt)
         config |= self._scoring(prompt, choosing)
+        if beside is not None:
+            config.update(beside.config)
+            reads.update(beside.reads)
+            inputs = {**inputs, **beside.inputs}
         sample = self.experiment.evaluation.written_limit
         if config["scoring"] == "generation" and sample is not None:
             config["limit"] = min(sample, config["limit"] or sample)
@@ -460,7 +394,7 @@ class _Planner:
             "max_length": self.experiment.training.max_length,
             "dtype": self.dtype,
             "graft": graft,
-            **_wording(prompt),
+            **wording(prompt),
         }
         return config, {**self.base, "rows": self.rows_digest(self.task, language, split)}
 
@@ -552,7 +486,9 @@ class _Planner:
         inputs = {} if adapter is None else {"adapter": adapter}
         label = row.name if adapter is None else f"{row.name} seed {seed}"
         split, prompt = self.experiment.evaluation.split, row.prompt or self.experiment.prompt
-        prediction = self.prediction(inputs, None, language, split, label, prompt=prompt)
+        prediction = self.prediction(
+            inputs, None, language, split, label, prompt=prompt, beside=self.two.beside(row, language, split)
+        )
         return Cell(row.name, language, seed, prediction, self.scores(prediction), adapter)
 
     def method_adapter(self, row: Method, language: str, seed: int) -> Step | None:
@@ -566,6 +502,8 @@ class _Planner:
             return self.task_adapter(self.experiment.source, seed, start_from=self.reference_adapter(language, seed))
         if row.adapter == "projected":
             return self.projected_adapter(language, seed)
+        if row.adapter == "second":
+            return self.two.second_stage(row, language, seed)
         return self.task_adapter(language if row.adapter == "target" else self.experiment.source, seed)
 
     def _chosen(self, row: Method, language: str) -> Step:
@@ -610,7 +548,7 @@ _OF_ITEMS = {name: TrainingConfig.model_fields[name].default for name in Trainin
 """Training values that concern items with answers, at their defaults."""
 
 
-def _wording(prompt: str) -> dict[str, str]:
+def wording(prompt: str) -> dict[str, str]:
     """The prompt's name, where it is not the default: earlier steps have none."""
     return {} if prompt == "default" else {"prompt": prompt}
 

@@ -1,0 +1,1 @@
+"""FLARE: two languages fused inside the adapter."""

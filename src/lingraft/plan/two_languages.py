@@ -1,0 +1,194 @@
+"""Plans what reads two languages: counterparts of items, translations, and second stages on a first one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lingraft.config import BackboneConfig, Experiment, FusionConfig
+from lingraft.digests import digest_file
+from lingraft.errors import ConfigError, DataError
+from lingraft.fusion.stages import second_adapter
+from lingraft.locating import locate
+from lingraft.methods import Method, method
+from lingraft.plan.steps import Plain, Step
+
+if TYPE_CHECKING:
+    from lingraft.plan.planner import Planner
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a step is given beyond its items: part of its configuration, its inputs and what it reads."""
+
+    config: Plain = field(default_factory=dict[str, Any])
+    inputs: Mapping[str, Step] = field(default_factory=dict[str, Step])
+    reads: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+class TwoLanguages:
+    """The part of a planner that knows of two languages at once."""
+
+    def __init__(self, planner: "Planner") -> None:
+        self.planner = planner
+        self.experiment = planner.experiment
+
+    def first_graft(self, row: Method) -> Method | None:
+        """The graft that a method's first stage is, where it is one."""
+        return method(row.first) if row.adapter == "second" and row.first != "source" else None
+
+    def beside(self, row: Method, language: str, split: str) -> Given:
+        """What a method reads beside an item of a language: its counterpart in the source language, or nothing."""
+        if row.reads == "alone":
+            return Given()
+        if row.reads == "itself":
+            return Given({"counterpart": {"form": "itself"}})
+        source, settings = self.experiment.source, self.experiment.translation
+        config: dict[str, Any] = {"form": row.reads, "language": source}
+        if settings.missing != "error":
+            config["missing"] = settings.missing
+        if not self._translated(split):
+            return Given({"counterpart": config}, {}, {"counterpart_rows": self._rows(source, split)})
+        if settings.files is not None:
+            return Given({"counterpart": config}, {}, self._file("counterpart_rows", language, source, split))
+        return Given(
+            {"counterpart": config},
+            {"counterparts": self.translation(language, source, split, answers=row.reads == "instead")},
+        )
+
+    def second_stage(self, row: Method, language: str, seed: int) -> Step:
+        """The adapter of a second stage: trained in a target language on top of the first."""
+        planner, experiment = self.planner, self.experiment
+        task, prompt, settings = planner.task, experiment.prompt, experiment.translation
+        if experiment.adapter.family != "lora":
+            raise ConfigError(
+                f"'{row.name}' trains a second stage, which is LoRA on LoRA, not {experiment.adapter.family}",
+                remedy="use adapter.family=lora, or leave it out of `methods`",
+            )
+        graft = self.first_graft(row)
+        first = planner.task_adapter(experiment.source, seed)
+        if graft is not None:
+            first = planner.method_adapter(graft, language, seed)
+            assert first is not None
+        fusion = (
+            experiment.fusion
+            if row.function is None
+            else experiment.fusion.model_copy(update={"function": row.function})
+        )
+        beside, adapter = self.beside(row, language, "train"), second_adapter(experiment.adapter, fusion)
+        inputs: dict[str, Step] = {"stage1": first, **beside.inputs}
+        reads = dict(beside.reads)
+        if not self._translated("train"):
+            reads["rows"] = self._rows(language, "train")
+        elif settings.files is not None:
+            reads |= self._file("rows", experiment.source, language, "train")
+        else:
+            inputs["items"] = self.translation(experiment.source, language, "train", answers=True)
+        if self._translated("train") and row.reads not in ("alone", "itself"):
+            # The original of a translated item is its counterpart.
+            inputs.pop("counterparts", None)
+            reads["counterpart_rows"] = self._rows(experiment.source, "train")
+        second: dict[str, Any] = {"kind": row.second}
+        if row.second in ("fused", "fused-mt"):
+            second["fusion"] = self._fusion_key(fusion, row)
+        if row.second == "mixup":
+            second["mixup"] = experiment.mixup.key()
+        what = {
+            "task": task.spec(prompt),
+            "language": language,
+            "split": "train",
+            "second": second,
+            **beside.config,
+            **({} if prompt == "default" else {"prompt": prompt}),
+            **planner.head(task),
+        }
+        label = f"train {row.name} {task.name} {language} seed {seed}"
+        if fusion.cache and row.second == "fused":
+            inputs["states"] = self.states(fusion, what, inputs, reads, label)
+        if row.second == "fused-mt":
+            reads["encoder"] = _model_digest(fusion.encoder, fusion.encoder_revision)
+        return planner.training_step(what, experiment.fusion_values, seed, inputs, reads, label, adapter)
+
+    def states(self, fusion: FusionConfig, what: Plain, inputs: Mapping[str, Step], reads: Plain, label: str) -> Step:
+        """Source states of a training's counterparts; they do not depend on how they are fused."""
+        values = self.experiment.fusion_values
+        places = fusion.model_dump(mode="json", include={"modules", "layer_offset", "normalize_source", "mask_padding"})
+        config = {
+            **{name: value for name, value in what.items() if name not in ("second", "head")},
+            **({"head": what["head"]} if "head" in what else {}),
+            "places": places,
+            "max_length": values.max_length,
+            "limit": values.limit,
+            "dtype": self.planner.dtype,
+        }
+        return self.planner.step(
+            "states", config, dict(inputs), {**self.planner.base, **reads}, label.replace("train", "states for", 1)
+        )
+
+    def translation(self, language: str, into: str, split: str, *, answers: bool) -> Step:
+        """A split's rows, translated by a model, with their answers or as what is asked alone."""
+        planner, settings = self.planner, self.experiment.translation
+        assert settings.model is not None
+        model = settings.model.replace("{source}", language).replace("{target}", into)
+        config = {
+            "task": planner.task.name,
+            "language": language,
+            "into": into,
+            "split": split,
+            "model": model,
+            "beams": settings.beams,
+            "answers": answers,
+            "dtype": planner.dtype,
+        }
+        if (limit := self._limit(split)) is not None:
+            config["limit"] = limit
+        reads = {"rows": self._rows(language, split), "model": _model_digest(model, settings.revision)}
+        return planner.step("translate", config, {}, reads, f"translate {planner.task.name} {language}-{into} {split}")
+
+    def _limit(self, split: str) -> int | None:
+        """How many items are needed of a split: no more of them are translated."""
+        experiment = self.experiment
+        if split == "train":
+            return experiment.fusion_values.limit
+        return experiment.evaluation.limit or self.planner.task.sample.get(split)
+
+    def _translated(self, split: str) -> bool:
+        settings = self.experiment.translation
+        return (settings.model is not None or settings.files is not None) and split in settings.splits
+
+    def _rows(self, language: str, split: str) -> str:
+        return self.planner.rows_digest(self.planner.task, language, split)
+
+    def _file(self, name: str, language: str, into: str, split: str) -> dict[str, str]:
+        """The digest of a file of translated rows.
+
+        Raises:
+            DataError: There is no such file.
+        """
+        path = translated_file(self.experiment, self.planner.data_dir, language, into, split)
+        if not path.is_file():
+            raise DataError(
+                "this file of translations is missing",
+                where=path,
+                remedy="check translation.files and --data-dir, or give translation.model",
+            )
+        return {name: digest_file(path)}
+
+    def _fusion_key(self, fusion: FusionConfig, row: Method) -> dict[str, Any]:
+        names = {"cache", "cache_limit", "encoder_revision"}
+        if row.second != "fused-mt":
+            names.add("encoder")
+        return fusion.key(*names)
+
+
+def translated_file(experiment: Experiment, data_dir: Path | None, language: str, into: str, split: str) -> Path:
+    """Where a file of translated rows lies."""
+    path = experiment.translation.files or ""
+    for name, value in (("from", language), ("to", into), ("split", split)):
+        path = path.replace(f"{{{name}}}", value)
+    return (data_dir or Path()) / path
+
+
+def _model_digest(model: str, revision: str | None) -> str:
+    """The digest of a model beside the backbone, its commit resolved."""
+    return locate(BackboneConfig(model=model, revision=revision)).digest
