@@ -64,7 +64,8 @@ class Backbone:
     Attributes:
         kind: `decoder`, `encoder` or `encoder-decoder`.
         model: The language model; of an encoder the masked one, whose head may be without weights. `headed` gives others.
-        fuser: What mixes a counterpart's states in, while an adapter of two languages is on the model; else None.
+        fuser: What mixes a counterpart's states in by FLARE, while such an adapter is on the model; else None.
+        mixup: The same for X-Mixup.
 
     Raises:
         BackboneError: The model cannot be loaded, or is of a layout that is not served.
@@ -87,6 +88,7 @@ class Backbone:
         self.dtype: torch.dtype = getattr(torch, located.config.dtype)
         self.scale = 1.0
         self.fuser: Any = None
+        self.mixup: Any = None
         self._headed: dict[Head, Headed] = {}
         quantised = _quantisation(located.config, self.dtype)
         remote = located.config.trust_remote_code

@@ -17,6 +17,8 @@ from lingraft.backbones import Backbone
 from lingraft.batching import Counterpart, encoder_inputs
 from lingraft.errors import AdapterError, BackboneError, DataError, UserError
 from lingraft.fusion.attaching import fusing, with_adapter
+from lingraft.fusion.xmixup import Texts
+from lingraft.fusion.xmixup_losses import labelled_loss
 from lingraft.heads import Head, HeadKind, head_of
 from lingraft.losses import Drawn, Objective, summed_cross_entropy
 from lingraft.metrics import Generated, Prediction
@@ -316,22 +318,41 @@ def _logits(backbone: Backbone, model: Any, rows: Sequence[Row], kind: HeadKind)
 
 
 def _draw_labelled(backbone: Backbone, chosen: Sequence[LabelledSequence], share: float, seed: int) -> list[Drawn]:
-    return [Drawn(s, 1, s.length) for s in chosen]
+    beside = [sum(len(row.source.ids) for row in s.rows if row.source) for s in chosen]
+    return [Drawn(s, 1, s.length + more) for s, more in zip(chosen, beside, strict=True)]
 
 
-def _summed_labelled(backbone: Backbone, model: Any, part: Sequence[Drawn]) -> torch.Tensor:
-    """Cross-entropy summed over items; of a span the mean of its two ends, over the tokens of the text alone."""
-    chosen: list[LabelledSequence] = [d.item for d in part]
-    kind = chosen[0].head.kind
-    logits = _logits(backbone, model, [row for s in chosen for row in s.rows], kind)
-    entropy = partial(torch.nn.functional.cross_entropy, reduction="sum")
+def _sides(backbone: Backbone, model: Any, rows: Sequence[Row], kind: HeadKind) -> tuple[Texts, Texts]:
+    """Counterparts and rows as X-Mixup reads them; a row without counterpart stands in for one, and nothing is mixed in."""
+    beside = [row if row.source is None else Row(row.source.ids, row.source.types) for row in rows]
+    lengths = [0 if row.source is None else len(row.source.ids) for row in rows]
+    source = Texts(lambda: _logits(backbone, model, beside, kind), lengths)
+    return source, Texts(lambda: _logits(backbone, model, rows, kind), [len(row.ids) for row in rows])
+
+
+def _losses(logits: torch.Tensor, chosen: Sequence[LabelledSequence]) -> torch.Tensor:
+    """Cross-entropy of every item; of a span the mean of its two ends, over the tokens of the text alone."""
+    entropy = partial(torch.nn.functional.cross_entropy, reduction="none")
     target = torch.tensor([s.target for s in chosen], device=logits.device)
+    kind = chosen[0].head.kind
     if kind == "span":
         return (entropy(logits[0], target[:, 0]) + entropy(logits[1], target[:, 1])) / 2
     if kind == "multiple_choice":
         parts = logits.split([len(s.rows) for s in chosen])
-        return torch.stack([entropy(part[None], t) for part, t in zip(parts, target, strict=True)]).sum()
+        return torch.cat([entropy(part[None], t) for part, t in zip(parts, target, strict=True)])
     return entropy(logits, target[:, 0])
+
+
+def _summed_labelled(backbone: Backbone, model: Any, part: Sequence[Drawn]) -> torch.Tensor:
+    """The loss summed over items."""
+    chosen: list[LabelledSequence] = [d.item for d in part]
+    kind, rows = chosen[0].head.kind, [row for s in chosen for row in s.rows]
+    mixup = backbone.mixup
+    if mixup is None or all(row.source is None for row in rows):
+        return _losses(_logits(backbone, model, rows, kind), chosen).sum()
+    source, target = mixup.both(model, *_sides(backbone, model, rows, kind))
+    counts = [len(s.rows) for s in chosen]
+    return labelled_loss(mixup.config, source, target, lambda logits: _losses(logits, chosen), kind, counts)
 
 
 LABELLED = Objective(_draw_labelled, _summed_labelled)
@@ -419,6 +440,13 @@ def _head(backbone: Backbone, adapter: Adapter | None, kinds: Sequence[HeadKind]
     return head
 
 
+def _answered(backbone: Backbone, model: Any, rows: Sequence[Row], kind: HeadKind) -> torch.Tensor:
+    """The logits of rows, with X-Mixup where that is on the model."""
+    if backbone.mixup is None or all(row.source is None for row in rows):
+        return _logits(backbone, model, rows, kind)
+    return backbone.mixup.logits(model, *_sides(backbone, model, rows, kind), kind)
+
+
 def _batches(
     backbone: Backbone, model: Any, rows: Sequence[Row], kind: HeadKind, batch_tokens: int
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
@@ -427,7 +455,7 @@ def _batches(
     while order:
         count = max(1, batch_tokens // len(rows[order[0]].ids))
         part, order = order[:count], order[count:]
-        yield part, _logits(backbone, model, [rows[n] for n in part], kind)
+        yield part, _answered(backbone, model, [rows[n] for n in part], kind)
 
 
 def _read_all(

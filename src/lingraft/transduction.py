@@ -1,6 +1,7 @@
 """Encoder-decoders: what they read and write, how they learn from answers and from plain text, and what they answer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from lingraft.batching import Counterpart
 from lingraft.encoding import Encoded
 from lingraft.errors import BackboneError, DataError
 from lingraft.fusion.attaching import fusing, with_adapter
+from lingraft.fusion.xmixup import Texts
+from lingraft.fusion.xmixup_losses import paired_loss
 from lingraft.losses import Drawn, Objective, project, summed_cross_entropy
 from lingraft.metrics import Generated, Prediction
 from lingraft.tasks.items import Example
@@ -24,11 +27,19 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class PairSequence:
-    """What is read, what is to be written, end of text included, and what is read beside it of the item's counterpart."""
+    """What is read and what is to be written, end of text included.
+
+    Attributes:
+        source: What is read.
+        target: What is to be written.
+        counterpart: What is read beside it of the item's counterpart.
+        alike: Whether the answer is the same for the counterpart, as a label's name is.
+    """
 
     source: tuple[int, ...]
     target: tuple[int, ...]
     counterpart: Counterpart | None = None
+    alike: bool = False
 
     @property
     def length(self) -> int:
@@ -108,7 +119,10 @@ def answer_sequences(backbone: Backbone, examples: Sequence[Example], max_input:
     answers = [_written(backbone, e.completion) for e in examples]
     cut = sum(shorter or len(a) > max_output for (_, shorter), a in zip(prompts, answers, strict=True))
     beside = [counterpart(backbone, e, max_input) for e in examples]
-    pairs = [PairSequence(p[0], a[:max_output], c) for p, a, c in zip(prompts, answers, beside, strict=True)]
+    pairs = [
+        PairSequence(p[0], a[:max_output], c, bool(e.candidates))
+        for p, a, c, e in zip(prompts, answers, beside, examples, strict=True)
+    ]
     return Encoded(pairs, cut)
 
 
@@ -230,7 +244,8 @@ def _states(
 
 def _draw_pairs(backbone: Backbone, chosen: Sequence[PairSequence], share: float, seed: int) -> list[Drawn]:
     # An empty line of parallel text has nothing to write.
-    return [Drawn(s, len(s.target), s.length) for s in chosen]
+    beside = [0 if s.counterpart is None else len(s.counterpart.ids) for s in chosen]
+    return [Drawn(s, len(s.target), s.length + more) for s, more in zip(chosen, beside, strict=True)]
 
 
 def _draw_corrupted(backbone: Backbone, chosen: Sequence[CorruptedSequence], share: float, seed: int) -> list[Drawn]:
@@ -244,10 +259,50 @@ def _draw_corrupted(backbone: Backbone, chosen: Sequence[CorruptedSequence], sha
 def _summed(backbone: Backbone, model: Any, part: Sequence[Drawn]) -> torch.Tensor:
     """Summed cross-entropy over what is to be written."""
     chosen: list[PairSequence] = [d.item for d in part if d.terms]
+    if backbone.mixup is not None and all(s.counterpart is not None for s in chosen):
+        return _summed_mixed(backbone, chosen)
     states, mask = _encoded(backbone, [s.source for s in chosen], [s.counterpart for s in chosen])
     here, labels = _states(backbone, states, mask, [s.target for s in chosen])
     weight = backbone.model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
     return summed_cross_entropy(here, weight, labels)  # pyright: ignore[reportArgumentType]
+
+
+def _summed_mixed(backbone: Backbone, chosen: Sequence[PairSequence]) -> torch.Tensor:
+    """The loss of X-Mixup, summed over what is to be written."""
+    targets, weight = [s.target for s in chosen], backbone.model.get_output_embeddings().weight  # pyright: ignore
+    labels = torch.tensor([token for target in targets for token in target], device=backbone.device)
+
+    def texts(rows: Sequence[Sequence[int]]) -> Texts:
+        def run() -> torch.Tensor:
+            return _states(backbone, *_encoded(backbone, rows, [None] * len(rows)), targets)[0]
+
+        return Texts(run, [len(row) for row in rows])
+
+    beside = [s.counterpart.ids for s in chosen if s.counterpart is not None]
+    source, target = backbone.mixup.both(backbone.model, texts(beside), texts([s.source for s in chosen]))
+    return paired_loss(
+        backbone.mixup.config,
+        source,
+        target,
+        lambda states: summed_cross_entropy(states, weight, labels),  # pyright: ignore
+        lambda states: project(states, weight),  # pyright: ignore
+        [len(target) for target in targets],
+        alike=chosen[0].alike,
+    )
+
+
+@contextmanager
+def _mixing(backbone: Backbone, rows: Sequence[Sequence[int]], beside: Sequence[Counterpart | None]) -> Iterator[None]:
+    """Everything that is read inside is mixed by X-Mixup, where that is on the model and every row has a counterpart."""
+    mixup = backbone.mixup
+    if mixup is None or any(source is None for source in beside):
+        yield
+        return
+    ids = [source.ids for source in beside if source is not None]
+    nothing = [None] * len(ids)
+    source = mixup.read(backbone.model, Texts(lambda: _encoded(backbone, ids, nothing)[0], [len(row) for row in ids]))
+    with mixup.mixing(backbone.model, source, [len(row) for row in rows]):
+        yield
 
 
 PAIRED = Objective(_draw_pairs, _summed)
@@ -320,7 +375,9 @@ def predict_choice(
     done = 0
     with with_adapter(backbone, adapter), torch.inference_mode():
         for numbers in _batches([s for s, _ in sources], [len(t) for t in targets], batch_tokens):
-            states, mask = _encoded(backbone, [sources[n][0] for n in numbers], [beside[n] for n in numbers])
+            rows, besides = [sources[n][0] for n in numbers], [beside[n] for n in numbers]
+            with _mixing(backbone, rows, besides):
+                states, mask = _encoded(backbone, rows, besides)
             owners = torch.tensor([row for row, n in enumerate(numbers) for _ in targets[n]], device=states.device)
             flat = [target for n in numbers for target in targets[n]]
             values = iter(_log_likelihoods(backbone, states[owners], mask[owners], flat))
@@ -374,11 +431,12 @@ def generate(
         for numbers in _batches([s for s, _ in sources], [1] * len(sources), batch_tokens):
             rows = [sources[n][0] for n in numbers]
             besides = [beside[n] for n in numbers]
-            states, mask = _encoded(backbone, rows, besides)
+            with _mixing(backbone, rows, besides):
+                states, mask = _encoded(backbone, rows, besides)
+                texts = _texts(backbone, rows, besides, max_output) if write else [None] * len(rows)
             likely = _log_likelihoods(
                 backbone, states, mask, [_written(backbone, examples[n].completion) for n in numbers]
             )
-            texts = _texts(backbone, rows, besides, max_output) if write else [None] * len(rows)
             for n, text, values in zip(numbers, texts, likely, strict=True):
                 e = examples[n]
                 references = e.references or ((e.completion.strip(),) if e.candidates else ())

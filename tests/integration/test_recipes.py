@@ -308,7 +308,7 @@ def test_the_paper_s_figures_stand_beside_those_of_a_backbone_of_its_name(compar
     printed = done("report", other, "--beside", "paper").stdout
     report = (other / "report.md").read_text(encoding="utf-8")
     table = report.partition("## Beside the paper")[2].split("\n\n")[1].splitlines()
-    assert table[0] == "| method | ours, xcopa | paper |"
+    assert table[0] == "| method | ours, xcopa | AdaMergeX paper |"
     rows = [line.strip("| ").split(" | ") for line in table[2:]]
     assert [row[0] for row in rows][:2] == ["Vanilla", "Eng-FT"]
     assert rows[0][2] == "18.1, average of five tasks" and rows[0][1] not in ("not run", "no data")

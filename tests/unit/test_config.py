@@ -268,7 +268,7 @@ def test_the_schema_refuses_unknown_keys_and_knows_every_field():
     schema = json.loads(json.dumps(Experiment.model_json_schema()))
     assert schema["additionalProperties"] is False
     assert set(schema["properties"]) == set(Experiment.model_fields)
-    assert set(schema["required"]) == {"name", "backbone", "task", "targets", "reference"}
+    assert set(schema["required"]) == {"name", "backbone", "task", "targets"}
 
 
 def test_a_choice_needs_two_labels():

@@ -362,8 +362,8 @@ def test_what_nothing_is_known_of_is_named_and_not_guessed(planned: Any, tiny_fo
     assert found["steps"]["train"]["count"] == 3  # the reference text's
 
 
-def step(kind: str, **config: Any) -> Any:
-    return SimpleNamespace(kind=kind, config=config, label=kind)
+def step(kind: str, inputs: Any = None, **config: Any) -> Any:
+    return SimpleNamespace(kind=kind, config=config, label=kind, inputs=inputs or {})
 
 
 def plan_of(*steps: Any) -> Any:

@@ -109,7 +109,7 @@ def logits_of(model: Any, backbone: Backbone, rows: list[Row]) -> torch.Tensor:
     """What a plain model says, row by row."""
     found = []
     for row in rows:
-        given, _ = forward(backbone, model.get_base_model(), [row])
+        given = forward(backbone, [row])
         if "MultipleChoice" in type(model.get_base_model()).__name__:
             given = {name: value[:, None] for name, value in given.items()}
         with torch.no_grad():
@@ -640,11 +640,11 @@ def test_a_prefix_stands_before_every_layers_keys(encoder: Backbone, attention: 
             layer.register_forward_hook(lambda module, args, out: seen.append((module, args[0], out[0])))
             for layer in layers
         ]
-        given, there = forward(backbone, model, rows)
+        given = forward(backbone, rows)
         together = model(**given).logits
         for handle in handles:
             handle.remove()
-        alone = torch.cat([model(**forward(backbone, model, [row])[0]).logits for row in rows])
+        alone = torch.cat([model(**forward(backbone, [row])).logits for row in rows])
         # Without padding there is no mask to widen.
         assert torch.allclose(together, alone, atol=1e-5)
     assert all(config._attn_implementation == attention for config in configs.values())
@@ -657,10 +657,10 @@ def test_a_prefix_stands_before_every_layers_keys(encoder: Backbone, attention: 
         before = [blocks[:, number, part].transpose(0, 1).expand(2, -1, -1, -1) for part in range(2)]
         k, v = torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
         scores = q @ k.transpose(2, 3) / 8**0.5
-        visible = torch.cat([torch.ones(2, 4), there.float()], dim=1)[:, None, None, :]
+        visible = torch.cat([torch.ones(2, 4), given["attention_mask"].float()], dim=1)[:, None, None, :]
         expected = scores.masked_fill(visible == 0, -torch.inf).softmax(-1) @ v
         expected = expected.transpose(1, 2).flatten(2)
-        assert torch.allclose(expected[there.bool()], out[there.bool()], atol=1e-5)
+        assert torch.allclose(expected[given["attention_mask"].bool()], out[given["attention_mask"].bool()], atol=1e-5)
 
 
 def test_a_fresh_prefix_is_the_bases_own_keys_and_values(encoder: Backbone) -> None:

@@ -15,7 +15,7 @@ from lingraft import encoding, generation, likelihood, transduction
 from lingraft.adapter import Adapter
 from lingraft.backbones import Backbone
 from lingraft.batching import TokenSequence, answer_sequences
-from lingraft.config import FUSION_FUNCTIONS, AdapterConfig, BackboneConfig, FusionConfig, TrainingConfig
+from lingraft.config import FUSION_FUNCTIONS, AdapterConfig, BackboneConfig, FusionConfig, MixupConfig, TrainingConfig
 from lingraft.errors import AdapterError
 from lingraft.evaluation import Asking, ask, predict
 from lingraft.fusion.attaching import fused_modules, fusing, with_adapter
@@ -75,7 +75,13 @@ def stages(backbones: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
             out = tmp_path_factory.mktemp("stage")
             second = None
             if kind != "first":
-                second = SecondStage(Adapter.load(get(architecture, None, "first", free)), kind, fusion, language="sw")
+                second = SecondStage(
+                    Adapter.load(get(architecture, None, "first", free)),
+                    kind,
+                    fusion,
+                    MixupConfig() if kind == "mixup" else None,
+                    language="sw",
+                )
             adapter = FIRST if second is None else second_adapter(FIRST, fusion or FUSION)
             train(
                 backbone,
@@ -392,6 +398,24 @@ def test_plain_peft_opens_it_as_the_lora_it_is(backbones: Any, stages: Any, arch
         start = len(backbone.prefix) + len(backbone.encode(example.prompt)) + 1  # the blank both begin with
         found.append(sum(float(logits[n - 1, whole[n]]) for n in range(start, len(whole))))
     assert np.allclose(found, ours.scores, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "xlm-roberta", "t5", "mt5"])
+def test_x_mixup_learns_and_reads_the_counterpart(backbones: Any, stages: Any, architecture: str) -> None:
+    backbone = backbones(architecture)
+    folder = stages(architecture, None, "mixup")
+    losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    adapter = Adapter.load(folder)
+    asking = Asking(max_length=64)
+    found, alone = (ask(backbone, adapter, made, asking) for made in (items(), without(items())))
+    assert [p.scores for p in found] != [p.scores for p in alone]
+    one_by_one = [ask(backbone, adapter, [e], asking)[0] for e in items()]
+    assert np.allclose([p.scores for p in found], [p.scores for p in one_by_one], atol=2e-5)
+    if backbone.kind == "encoder-decoder":
+        assert all(
+            isinstance(g.text, str) for g in ask(backbone, adapter, items(), replace(asking, scoring="generation"))
+        )
 
 
 def test_another_first_stage_is_refused(stages: Any, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from lingraft.costs.arithmetic import adapter_parameters
 from lingraft.costs.shapes import KNOWN, shape_of
 from lingraft.methods import method
 from lingraft.protocols import PAPER_TARGETS
-from lingraft.report.paper import FIVE, Published, beside, published
+from lingraft.report.paper import FIVE, THREE, Published, beside, published
 from lingraft.tasks.table import TASKS
 
 
@@ -103,7 +103,7 @@ def found(figure: str = "value", **averages: float | None) -> dict[str, Any]:
 @pytest.mark.parametrize("figure", ["value", "accuracy"])
 def test_ours_stands_beside_the_paper_s(figure: str) -> None:
     header, rows = beside(found(figure, eng_ft=0.412, control_add=0.4, adamergex=0.475, adamergex_cross=0.1))
-    assert header == ["method", "ours, xnli", "paper"]
+    assert header == ["method", "ours, xnli", "AdaMergeX paper"]
     table = {row[0]: row[1:] for row in rows}
     assert table["Eng-FT"] == ["41.2", "31.9, average of five tasks"]
     assert table["AdaMergeX"] == ["47.5", "33.3, average of five tasks; 48.3, six languages"]
@@ -126,7 +126,123 @@ def test_a_run_of_another_setting_has_no_rows() -> None:
     assert beside(run)[1] == []
 
 
+LANGUAGES_OF = {
+    "xnli": "ar bg de el es fr hi ru sw th tr ur vi zh",
+    "tydiqa": "ar bn fi id ko ru sw te",
+    "nusax": "ace ban bbc bjn bug id jv mad min nij su",
+}
+LLAMA = {"model": "meta-llama/Llama-3.1-8B", "quantization": "nf4"}
+
+
+def fused(**changes: Any) -> dict[str, Any]:
+    """An experiment of the FLARE paper."""
+    return {
+        "task": "xnli",
+        "source": "en",
+        "targets": LANGUAGES_OF.get(changes.get("task", "xnli"), "sw").split(),
+        "backbone": {"model": "FacebookAI/xlm-roberta-large"},
+        "adapter": {"family": "lora"},
+        "reference": {"task": "none"},
+        "translation": {"model": "facebook/nllb-200-3.3B", "splits": ["train", "test"]},
+        "fusion": {"function": "add_relu", "modules": ["attention.query", "attention.value"]},
+        "evaluation": {"limit": 5010},
+        **changes,
+    }
+
+
+def test_a_setting_of_the_flare_paper_has_its_figures() -> None:
+    rows = published(fused())
+    assert {row.paper for row in rows} == {"FLARE"}
+    averages = {row.method: row.value for row in rows if row.task is None}
+    assert averages == {
+        "translate-train": 65.88,
+        "x-mixup": 64.69,
+        "input-fusion": 65.41,
+        "flare": 67.03,
+        "flare-mt": 65.89,
+    }
+    assert named(rows, "flare:add", "xnli") == [80.53] and named(rows, "flare:mul_relu", "xnli") == []
+    assert {row.task for row in rows} == {None, "xnli"}
+    assert named(published(fused(backbone={"model": "google/mt5-xl"})), "flare", None) == [69.89]
+    llama = published(fused(backbone=LLAMA))
+    assert named(llama, "flare", None) == [57.42] and named(llama, "flare", "xnli") == []
+    gemma = {"model": "google/gemma-2-9b", "quantization": "nf4"}
+    assert named(published(fused(backbone=gemma)), "input-fusion", None) == [52.54]
+
+
+def test_the_average_of_the_functions_is_that_of_the_main_results() -> None:
+    """The paper's two tables agree: a figure that was copied wrongly would not."""
+    each = [named(published(fused(task=task, evaluation={})), "flare:add_relu", task) for task in ("tydiqa", "nusax")]
+    values = [value for found in [*each, named(published(fused()), "flare:add_relu", "xnli")] for value in found]
+    assert len(values) == 3 and round(sum(values) / 3, 2) == named(published(fused()), "flare", None)[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"source": "id"},
+        {"task": "topics"},
+        {"targets": ["sw"]},
+        {"backbone": {"model": "FacebookAI/xlm-roberta-base"}},
+        {"backbone": {"model": "FacebookAI/xlm-roberta-large", "quantization": "nf4"}},
+        {"backbone": {"model": "meta-llama/Llama-3.1-8B"}},
+        {"backbone": {**LLAMA, "quantization": "int8"}},
+        {"backbone": {**LLAMA, "model": "meta-llama/Llama-3.1-8B-Instruct"}},
+        {"backbone": {"model": "google/gemma-2-9b-it", "quantization": "nf4"}},
+        {"adapter": {"family": "ia3"}},
+        {"evaluation": {}},  # The task's own sample is 1,000 items.
+        {"evaluation": {"limit": 5009}},
+        {"evaluation": {"limit": 5010, "written_limit": 100}},
+        {"evaluation": {"limit": 5010, "split": "validation"}},
+        {"translation": {}},
+        {"translation": {"model": "facebook/nllb-200-3.3B", "splits": ["test"]}},
+        {"fusion": {"modules": ["attention.query"]}},
+    ],
+    ids=str,
+)
+def test_another_setting_than_flare_s_has_none(changes: dict[str, Any]) -> None:
+    assert published(fused(**changes)) == []
+
+
+def test_flare_with_another_function_is_not_the_paper_s_flare() -> None:
+    rows = published(fused(fusion={"function": "mul"}))
+    assert {row.method for row in rows} & {"flare", "flare-mt"} == set()
+    assert named(rows, "flare:mul", "xnli") == [79.59] and named(rows, "translate-train", None) == [65.88]
+
+
+@pytest.mark.parametrize("task", THREE)
+def test_the_paper_s_languages_are_all_that_a_task_tests(task: str) -> None:
+    assert published(fused(task=task))
+    assert published(fused(task=task, targets=LANGUAGES_OF[task].split()[1:])) == []
+    assert published(fused(task=task, targets=[*LANGUAGES_OF[task].split(), "xx"])) == []
+
+
+def nusax_run(**macro: float) -> dict[str, Any]:
+    codes = LANGUAGES_OF["nusax"].split()
+    methods = {
+        name: {
+            "average": {"value": 0.5},
+            "languages": {code: {"value": 0.5, "also": {"macro_f1": share}} for code in codes},
+        }
+        for name, share in macro.items()
+    }
+    return {"experiment": fused(task="nusax"), "metric": "accuracy", "methods": methods}
+
+
+def test_ours_is_measured_as_the_paper_measures() -> None:
+    run = nusax_run(flare=0.7)
+    header, rows = beside(run)
+    assert header == ["method", "ours, nusax, macro-F1", "FLARE paper"]
+    table = {row[0]: row[1:] for row in rows}
+    assert table["FLARE"] == ["70.0", "67.03, average of three tasks; 79.18"]
+    assert table["FLARE, mul"] == ["not run", "77.73"]
+    assert table["X-Mixup"] == ["not run", "64.69, average of three tasks"]
+    run["methods"]["flare"]["languages"]["ace"]["also"] = {}
+    assert beside(run)[1][0][1] == "no data"
+
+
 RECIPES = Path(__file__).parents[2] / "recipes" / "adamergex"
+FLARE = Path(__file__).parents[2] / "recipes" / "flare"
 
 
 def commands(path: Path) -> list[list[str]]:

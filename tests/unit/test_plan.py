@@ -34,8 +34,12 @@ BASE: dict[str, Any] = {
 
 LINES = {"text": "udhr/{language}.txt", "unit": "line"}
 
-SERVED = [name for name, row in METHODS.items() if row.prompt in (None, *TASKS["topics"].prompts)]
-"""The methods that the task of these tests has a wording for."""
+SERVED = [
+    name
+    for name, row in METHODS.items()
+    if row.prompt in (None, *TASKS["topics"].prompts) and row.adapter != "second" and row.reads == "alone"
+]
+"""The methods that the task of these tests has a wording for; those of two languages need training items in both."""
 
 
 def planned(digest: str = "fake:1", **changes: Any) -> Plan:

@@ -95,6 +95,7 @@ ROWS: dict[str, dict[str, dict[str, str]]] = {
     },
     "xquad": READING,
     "xquad-tydiqa": {"th": READING["th"]},
+    "xquad-articles": {"th": READING["th"]},
     "tydiqa": {language: READING[language] for language in ("en", "sw", "ar")},
     "xlsum": {
         "en": {"title": "New bridge", "text": "The town opened a bridge. Many came.", "summary": "A bridge was opened."},

@@ -122,6 +122,7 @@ PLACES = [
     ("xquad", "el", "test", ["xquad/xquad.el.json", "xquad.el.json"]),
     ("xquad", "en", "train", ["squad/train-v1.1.json", "train-v1.1.json"]),
     ("xquad", "vi", "validation", ["MLQA_V1/dev/dev-context-vi-question-vi.json"]),
+    ("xquad-articles", "vi", "train", ["xquad/xquad.vi.json", "xquad.vi.json"]),
     ("xquad-tydiqa", "fi", "validation", ["tydiqa_goldp/finnish_tydiqa_dev.json", "tydiqa-goldp-v1.1-dev.json"]),
     ("tydiqa", "sw", "train", ["language_data/swahili/swahili_tydiqa_train.json", "tydiqa-goldp-v1.1-train.json"]),
     ("tydiqa", "ko", "test", ["korean_tydiqa_dev.json", "tydiqa-goldp-v1.1-dev/tydiqa-goldp-dev-korean.json"]),
@@ -189,6 +190,7 @@ def test_the_nusax_codes_of_the_hub():
         ("mgsm", "sw", "train", "no 'train' data for 'sw' on the hub", "it has: en; or"),
         ("xlsum", "de", "test", "no 'test' data for 'de' on the hub", "it has: am, ar"),
         ("xcopa", "en", "test", "no 'test' data for 'en' on the hub", "it has: et, ht"),
+        ("xquad-articles", "en", "train", "no 'train' data for 'en' on the hub", "give --data-dir"),
     ],
 )  # fmt: skip
 def test_what_the_hub_does_not_have_is_said_before_it_is_asked(
@@ -482,6 +484,33 @@ def test_xquad_trained_on_tydiqa_holds_nothing_out(tmp_path: Path):
     tydiqa(tmp_path, 3, "dev")
     assert len(read("xquad-tydiqa", "en", "train", tmp_path)) == 20
     assert [e.id for e in read("xquad-tydiqa", "sw", "validation", tmp_path)] == [f"swahili-{n}-0" for n in range(3)]
+
+
+def test_xquads_articles_are_divided_alike_in_every_language_and_none_is_in_two_parts(tmp_path: Path):
+    task, found = TASKS["xquad-articles"], {}
+    for language, context in (("en", "Nia owns a boat."), ("vi", "Nia có một chiếc boat.")):
+        place, articles = context.index("boat"), []
+        for n in range(60):
+            answers = [{"text": "boat", "answer_start": place}]
+            qas = [{"id": f"{n}-{q}", "question": "?", "answers": answers} for q in range(2)]
+            articles.append({"title": f"Article {n}", "paragraphs": [{"context": context, "qas": qas}]})
+        write(tmp_path / f"xquad.{language}.json", json.dumps({"data": articles}))
+        parts = {split: [e.id for e in read(task.name, language, split, tmp_path)] for split in task.layouts}
+        whole = [name for ids in parts.values() for name in ids]
+        assert sorted(whole) == sorted(f"{n}-{q}" for n in range(60) for q in range(2))
+        assert all({f"{name[:-1]}0", f"{name[:-1]}1"} <= set(ids) for ids in parts.values() for name in ids)
+        assert all(parts.values())
+        found[language] = parts
+    assert found["en"] == found["vi"]
+    # Where a part is told by nothing but its name, a step's key could not tell it from another.
+    assert len({task.source("en", split, tmp_path).digest() for split in task.layouts}) == 3
+
+
+@pytest.mark.parametrize("task", ["xnli", "nusax", "tydiqa", "xquad", "xquad-articles"])
+def test_the_wording_of_flare_has_a_cue_that_its_paper_has(task: str):
+    prompt = TASKS[task].prompt("flare")
+    cue = {"xnli": "\nLabel:", "nusax": "\nSentiment:"}.get(task, "\nAnswer:")
+    assert (prompt.template.endswith(cue), prompt.lead, prompt.generate) == (True, " ", False)
 
 
 # NusaX, XL-Sum.

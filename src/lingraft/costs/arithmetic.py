@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lingraft import roles
 from lingraft.config import AdapterConfig
-from lingraft.costs.shapes import Linear, Shape
+from lingraft.costs.shapes import Linear, Shape, reader_of
 from lingraft.errors import UserError, suggestion
 
 
@@ -90,11 +90,12 @@ class Memory:
     adapter: float
     activations: float
     logits: float
+    sources: float = 0.0
 
     @property
     def total(self) -> float:
         """All together."""
-        return self.weights + self.adapter + self.activations + self.logits
+        return self.weights + self.adapter + self.activations + self.logits + self.sources
 
 
 def peak_memory(
@@ -106,6 +107,7 @@ def peak_memory(
     *,
     quantization: str = "none",
     output_length: float = 0,
+    source_length: float = 0,
 ) -> Memory:
     """Bytes of a training step, without gradient checkpointing; without an adapter, of reading alone.
 
@@ -122,13 +124,15 @@ def peak_memory(
         length: Tokens of one text, padding included.
         quantization: `none`, `int8` or `nf4`: of the linear layers' weights.
         output_length: Of an encoder-decoder: tokens of one output.
+        source_length: Tokens of one text whose states are held, layer by layer, while the other one is read.
     """
     size = _BYTES[dtype]
+    sources = shape.layers * batch_size * source_length * shape.width * size
     weights = (shape.parameters - shape.projections) * size + shape.projections * _QUANTISED.get(quantization, size)
     logits = min(CHUNK, batch_size * length) * shape.vocabulary * (size + 4)
     if adapter is None:
         held = batch_size * length * size * (2 * shape.attention + 3 * shape.width + 3 * shape.feed_forward)
-        return Memory(weights, 0, held, logits)
+        return Memory(weights, 0, held, logits, sources)
     tokens, outputs = batch_size * length, batch_size * output_length
     block = size * (2 * shape.attention + 2 * shape.key_value) + shape.width + 4 * shape.normalised
     block += size * shape.feed_forward * (3 if shape.gated else 2)
@@ -140,7 +144,7 @@ def peak_memory(
         # Scores in float32, their softmax, and what dropout leaves of it.
         pairs = shape.layers * tokens * length + shape.output_layers * outputs * (length + output_length)
         saved += 12 * shape.heads * pairs
-    return Memory(weights, 16 * adapter_parameters(shape, adapter), saved, logits)
+    return Memory(weights, 16 * adapter_parameters(shape, adapter), saved, logits, sources)
 
 
 @dataclass(frozen=True)
@@ -181,6 +185,13 @@ def _device(name: str) -> Device:
 def writing_hours(shape: Shape, written: float, dtype: str, device: str = "H100", batch_size: int = 16) -> float:
     """Hours that writing takes at least: every token of a batch needs all weights from memory once."""
     return written / batch_size * shape.parameters * _BYTES[dtype] / _device(device).bandwidth / 3600
+
+
+def stored_bytes(shape: Shape, modules: str | Sequence[str], tokens: float) -> float:
+    """Bytes of source states on disk: two for every feature of every token, once for all fused layers that read the same."""
+    chosen = roles.select([layer.path for layer in shape.linear], modules)
+    fused = {layer.path.rpartition(".")[0] for layer in reader_of(shape).linear if layer.path in set(chosen)}
+    return 2.0 * tokens * len(fused) * shape.width
 
 
 def adapter_parameters(shape: Shape, config: AdapterConfig) -> int:

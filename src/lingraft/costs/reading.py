@@ -1,6 +1,7 @@
 """What steps read and write: from files where there are any, else from what is known of published data sets."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lingraft.config import Experiment
@@ -62,6 +63,8 @@ _SHARES = {"prefix-lm": (0.5, 0.5), "span-corruption": (0.9, 0.2)}
 """Of a segment, what an encoder-decoder reads and what it learns to write (spans of 15 %, and their marks)."""
 Items = Sequence[tuple[int, int]]
 """Of every item: characters of prompt and answer."""
+Tokens = Sequence[tuple[float, float]]
+"""The same in tokens; of an answer one more than its text has."""
 Lookup = Callable[[str, str, str, str], Items | None]
 """From task, language, split and wording to the items; None: nothing is known."""
 
@@ -74,7 +77,7 @@ def items(task: str, language: str, split: str) -> Items | None:
         known = (train, test, test)
     if known is None:
         return None
-    longer = 1.0 if language == "en" else LENGTH.get(language, 1.1)
+    longer = _longer(language)
     prompt, answer = _CHARACTERS[task]
     return [(int(prompt * longer), int(answer * longer))] * known[("train", "validation", "test").index(split)]
 
@@ -103,14 +106,121 @@ def items_of(experiment: Experiment) -> Lookup:
     return read
 
 
+@dataclass(frozen=True)
+class Read:
+    """What is read beside a step's own items, without a gradient.
+
+    Attributes:
+        source: Counterparts that the backbone reads for its source states; in training with X-Mixup, which learns from both texts,
+            they are learned from too.
+        encoder: Items that a translation encoder reads.
+        columns: Tokens of the items that source states are laid beside, each once: what a store of them holds.
+    """
+
+    source: Work = field(default_factory=Work)
+    encoder: Work = field(default_factory=Work)
+    columns: float = 0
+
+
 def work_of(step: "Step", experiment: Experiment, shape: Shape, lookup: Lookup) -> Work | None:
     """What a step reads and writes, or None where nothing is known of its data."""
-    config = step.config
-    if "reference" in config or "projected" in config:
+    if "reference" in step.config or "projected" in step.config:
         return _text_work(step, experiment, shape)
-    task, prompt = config["task"]["task"], config.get("prompt", "default")
-    known = lookup(task, config["language"], config["split"], prompt)
+    known = _asked(step, experiment, shape, lookup)
     return None if known is None else _item_work(step, known, shape)
+
+
+def beside(step: "Step", experiment: Experiment, shape: Shape, lookup: Lookup) -> Read:
+    """What a step of two languages reads beside its items; nothing where it reads only these."""
+    form = step.config.get("counterpart", {}).get("form")
+    if form not in ("beside", "itself") or (mine := _asked(step, experiment, shape, lookup)) is None:
+        return Read()
+    if form == "itself":
+        return Read(encoder=_prompts(step, mine, shape))
+    theirs = _counterparts(step, experiment, shape, lookup)
+    if theirs is None:
+        return Read()
+    places = step.config.get("places", {})
+    shortest = min(1.0, _mean(theirs) / _mean(mine)) if places.get("mask_padding") and _mean(mine) else 1.0
+    # Computed before, they are only read from the disk.
+    source = Work() if "states" in step.inputs else _prompts(step, theirs, shape)
+    return Read(source=source, columns=shortest * _prompts(step, mine, shape, epochs=1).tokens)
+
+
+def translated(step: "Step", reader: Shape, lookup: Lookup) -> Work | None:
+    """What a translation model reads and writes, with its own vocabulary; None where nothing is known of the rows."""
+    config = step.config
+    known = lookup(config["task"], config["language"], config["split"], "default")
+    if known is None:
+        return None
+    count = min(len(known), config.get("limit") or len(known))
+    read = count * _mean(_tokens(known, reader, config["language"]))
+    written = count * _mean(_tokens(_scaled(known, config["language"], config["into"]), reader, config["into"]))
+    each = read / count if count else 0.0
+    return Work(items=count, tokens=read, length=each, written=written * config["beams"], longest=2 * each)
+
+
+def _asked(step: "Step", experiment: Experiment, shape: Shape, lookup: Lookup) -> Tokens | None:
+    """Tokens of a step's items, what is put into the same input with them included."""
+    config = step.config
+    form = config.get("counterpart", {}).get("form")
+    if form == "instead":
+        return _counterparts(step, experiment, shape, lookup)
+    mine = _own(step, experiment, shape, lookup)
+    if form != "concatenated" or mine is None:
+        return mine
+    theirs = _counterparts(step, experiment, shape, lookup)
+    if theirs is None:
+        return None
+    more = _mean(theirs)
+    return [(prompt + more, answer) for prompt, answer in mine]
+
+
+def _own(step: "Step", experiment: Experiment, shape: Shape, lookup: Lookup) -> Tokens | None:
+    """A step's items; of a second stage that learns from translations, they are as many as their originals."""
+    config, language = step.config, step.config["language"]
+    origin = language
+    if {"second", "places"} & set(config) and _is_translated(experiment, config["split"]):
+        origin = experiment.source
+    known = lookup(config["task"]["task"], origin, config["split"], config.get("prompt", "default"))
+    return None if known is None else _tokens(_scaled(known, origin, language), shape, language)
+
+
+def _counterparts(step: "Step", experiment: Experiment, shape: Shape, lookup: Lookup) -> Tokens | None:
+    """The items in the source language: originals, or translations of a test's."""
+    config, source = step.config, experiment.source
+    origin = source
+    if not {"second", "places"} & set(config) and _is_translated(experiment, config["split"]):
+        origin = config["language"]
+    known = lookup(config["task"]["task"], origin, config["split"], config.get("prompt", "default"))
+    return None if known is None else _tokens(_scaled(known, origin, source), shape, source)
+
+
+def _is_translated(experiment: Experiment, split: str) -> bool:
+    settings = experiment.translation
+    return (settings.model is not None or settings.files is not None) and split in settings.splits
+
+
+def _scaled(known: Items, origin: str, language: str) -> Items:
+    """Items in another language, by how long translations are."""
+    if origin == language:
+        return known
+    longer = _longer(language) / _longer(origin)
+    return [(int(prompt * longer), int(answer * longer)) for prompt, answer in known]
+
+
+def _longer(language: str) -> float:
+    return 1.0 if language == "en" else LENGTH.get(language, 1.1)
+
+
+def _tokens(known: Items, shape: Shape, language: str) -> Tokens:
+    rate = characters_a_token(shape, language)
+    # An answer is a token longer than its text: the end, or the first token of another candidate.
+    return [(prompt / rate, answer / rate + 1) for prompt, answer in known]
+
+
+def _mean(found: Tokens) -> float:
+    return sum(prompt for prompt, _ in found) / len(found) if found else 0.0
 
 
 def _text_work(step: "Step", experiment: Experiment, shape: Shape) -> Work | None:
@@ -148,17 +258,22 @@ def _text_work(step: "Step", experiment: Experiment, shape: Shape) -> Work | Non
     return Work(count, tokens, length, share * tokens * values["loss_positions"], longest=reference.segment_tokens)
 
 
-def _item_work(step: "Step", known: Items, shape: Shape) -> Work:
+def _prompts(step: "Step", found: Tokens, shape: Shape, epochs: float | None = None) -> Work:
+    """Prompts alone, as often as a step reads its items; nothing is predicted behind them."""
+    read = _item_work(step, [(prompt, 0.0) for prompt, _ in found], shape, epochs)
+    return replace(read, scored=0.0, outputs=0.0, output_length=0.0, written=0.0)
+
+
+def _item_work(step: "Step", found: Tokens, shape: Shape, epochs: float | None = None) -> Work:
     """A task's items: read once an epoch, the loss on the answer; or asked, and perhaps answered in writing."""
     config, training = step.config, step.config.get("training")
     values = training or config
     limit, times = values.get("limit"), training["epochs"] if training else 1
-    rate = characters_a_token(shape, config["language"])
-    share = 1.0 if limit is None or not known else min(1.0, limit / len(known))
-    count = share * len(known)
-    prompts = share * sum(min(prompt / rate, values["max_length"]) for prompt, _ in known)
-    # An answer is a token longer than its text: the end, or the first token of another candidate.
-    answers = share * sum(answer / rate + 1 for _, answer in known)
+    times = times if epochs is None else epochs
+    share = 1.0 if limit is None or not found else min(1.0, limit / len(found))
+    count = share * len(found)
+    prompts = share * sum(min(prompt, values["max_length"]) for prompt, _ in found)
+    answers = share * sum(answer for _, answer in found)
     written = count * config.get("new_tokens", 0)
     if written or shape.kind == "encoder":
         answers = 0.0
@@ -172,11 +287,11 @@ def _item_work(step: "Step", known: Items, shape: Shape) -> Work:
         outputs=times * answers if apart else 0.0,
         output_length=answers / count if apart and count else 0.0,
         written=written,
-        longest=min(values["max_length"], _longest(known) / rate),
+        longest=min(values["max_length"], _longest(found)),
     )
 
 
-def _longest(known: Items) -> int:
-    """Characters of the longest item; where all are said to be of the usual length, twice that."""
-    lengths = {prompt + answer for prompt, answer in known}
-    return max(lengths, default=0) * (2 if len(lengths) == 1 else 1)
+def _longest(found: Tokens) -> float:
+    """Tokens of the longest item; where all are said to be of the usual length, twice that."""
+    lengths = {prompt + max(0.0, answer - 1) for prompt, answer in found}
+    return max(lengths, default=0.0) * (2 if len(lengths) == 1 else 1)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +96,7 @@ _DECODERS: dict[str, dict[str, Any]] = {
 }
 _ENCODERS = ("bert", "roberta", "xlm-roberta")
 _ENCODER_DECODERS = ("t5", "mt5", "umt5")
+_TRANSLATORS = ("m2m_100",)
 
 
 def shape_of(config: Plain) -> Shape:
@@ -117,11 +118,13 @@ def shape_of(config: Plain) -> Shape:
             return _encoder(config)
         if kind in _ENCODER_DECODERS:
             return _encoder_decoder(config)
+        if kind in _TRANSLATORS:
+            return _translator(config)
     except KeyError as error:
         raise BackboneError(f"the model's configuration has no {error}") from None
     raise BackboneError(
         f"the sizes of a '{kind}' model are not known here",
-        remedy=f"known are {', '.join([*_DECODERS, *_ENCODERS, *_ENCODER_DECODERS])}",
+        remedy=f"known are {', '.join([*_DECODERS, *_ENCODERS, *_ENCODER_DECODERS, *_TRANSLATORS])}",
     )
 
 
@@ -229,6 +232,55 @@ def _encoder_decoder(config: Plain) -> Shape:
     )
 
 
+def _translator(config: Plain) -> Shape:
+    """NLLB and M2M-100; their positions are reckoned, not learned."""
+    width, inner = config["d_model"], config["encoder_ffn_dim"]
+    layers, output_layers = config["encoder_layers"], config["decoder_layers"]
+    outer = config["decoder_ffn_dim"]
+    names = ("q_proj", "k_proj", "v_proj", "out_proj")
+    linear: list[Linear] = []
+    for n in range(layers):
+        block = f"model.encoder.layers.{n}"
+        linear += [Linear(f"{block}.self_attn.{p}", width, width) for p in names]
+        linear += [Linear(f"{block}.fc1", width, inner), Linear(f"{block}.fc2", inner, width)]
+    for n in range(output_layers):
+        block = f"model.decoder.layers.{n}"
+        linear += [Linear(f"{block}.self_attn.{p}", width, width, of_output=True) for p in names]
+        crossed = ("q_proj", "out_proj")
+        linear += [Linear(f"{block}.encoder_attn.{p}", width, width, of_output=p in crossed) for p in names]
+        linear += [
+            Linear(f"{block}.fc1", width, outer, of_output=True),
+            Linear(f"{block}.fc2", outer, width, of_output=True),
+        ]
+    norms = 2 * width * (2 * layers + 3 * output_layers + 2)
+    biases = sum(layer.outputs for layer in linear)
+    return Shape(
+        kind="encoder-decoder",
+        linear=tuple(linear),
+        rest=norms + biases,
+        vocabulary=config["vocab_size"],
+        width=width,
+        layers=layers,
+        output_layers=output_layers,
+        heads=config["encoder_attention_heads"],
+        attention=width,
+        key_value=width,
+        feed_forward=max(inner, outer),
+        gated=False,
+        normalised=2 * width,
+        tied=config.get("tie_word_embeddings", True),
+    )
+
+
+def reader_of(shape: Shape) -> Shape:
+    """Of an encoder-decoder its encoder alone, which is all that reads a text for its states; others as they are."""
+    if shape.kind != "encoder-decoder":
+        return shape
+    # The decoder's norms and biases are left in `rest`, which costs memory alone, and little.
+    linear = tuple(layer for layer in shape.linear if ".encoder." in f".{layer.path}")
+    return replace(shape, kind="encoder", linear=linear, output_layers=0, tied=True)
+
+
 def _t5_base(inner: int, vocabulary: int, projection: str, tied: bool) -> dict[str, Any]:
     return {
         "d_model": 768,
@@ -240,6 +292,15 @@ def _t5_base(inner: int, vocabulary: int, projection: str, tied: bool) -> dict[s
         "feed_forward_proj": projection,
         "tie_word_embeddings": tied,
     }
+
+
+def _nllb(width: int, inner: int, layers: int) -> dict[str, Any]:
+    sides = {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in {"layers": layers, "ffn_dim": inner, "attention_heads": 16}.items()
+    }
+    return {"model_type": "m2m_100", "vocab_size": 256_206, "d_model": width, **sides}
 
 
 KNOWN: dict[str, dict[str, Any]] = {
@@ -262,6 +323,49 @@ KNOWN: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 514,
         "type_vocab_size": 1,
     },
+    "FacebookAI/xlm-roberta-large": {
+        "model_type": "xlm-roberta",
+        "vocab_size": 250_002,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+    },
+    "google/mt5-xl": {
+        "model_type": "mt5",
+        "d_model": 2048,
+        "d_kv": 64,
+        "num_heads": 32,
+        "num_layers": 24,
+        "d_ff": 5120,
+        "vocab_size": 250_112,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+    },
+    "meta-llama/Llama-3.1-8B": {
+        "model_type": "llama",
+        "vocab_size": 128_256,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+    "google/gemma-2-9b": {
+        "model_type": "gemma2",
+        "vocab_size": 256_000,
+        "hidden_size": 3584,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 42,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 256,
+    },
+    "facebook/nllb-200-distilled-600M": _nllb(1024, 4096, 12),
+    "facebook/nllb-200-3.3B": _nllb(2048, 8192, 24),
     "google-t5/t5-base": {"model_type": "t5", **_t5_base(3072, 32_128, "relu", True)},
     "google/mt5-base": {"model_type": "mt5", **_t5_base(2048, 250_112, "gated-gelu", False)},
     "google/gemma-3-270m": {
@@ -275,22 +379,38 @@ KNOWN: dict[str, dict[str, Any]] = {
         "head_dim": 256,
     },
 }
-"""Configurations of the paper's backbones and of the demo, by hub id, so that a cost needs no connection."""
+"""Configurations of the papers' backbones, of the demo and of NLLB, by hub id, so that a cost needs no connection."""
 
 
 def shape_for(located: "Located") -> Shape | None:
     """The sizes of a base model that was found; None where nothing here says them."""
     if located.name in KNOWN:
         return shape_of(KNOWN[located.name])
-    path = located.path / "config.json" if located.kind == "folder" and located.path else None
-    if path is None and located.kind == "hub":
-        try:
-            from huggingface_hub import try_to_load_from_cache
-        except ImportError:
-            return None
-        cached = try_to_load_from_cache(located.name, "config.json", revision=located.config.revision)
-        path = Path(cached) if isinstance(cached, str) else None
+    if located.kind == "hub":
+        return shape_named(located.name, located.config.revision)
+    return _in_file(located.path / "config.json") if located.kind == "folder" and located.path else None
+
+
+def shape_named(model: str, revision: str | None = None) -> Shape | None:
+    """The sizes of a model by its hub id or folder; None where nothing here says them, and nothing is fetched."""
+    if model in KNOWN:
+        return shape_of(KNOWN[model])
+    if (Path(model) / "config.json").is_file():
+        return _in_file(Path(model) / "config.json")
     try:
-        return None if path is None else shape_of(json.loads(path.read_text(encoding="utf-8")))
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+    except ImportError:
+        return None
+    try:
+        cached = try_to_load_from_cache(model, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return _in_file(Path(cached)) if isinstance(cached, str) else None
+
+
+def _in_file(path: Path) -> Shape | None:
+    try:
+        return shape_of(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, BackboneError):
         return None

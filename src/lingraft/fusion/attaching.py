@@ -21,6 +21,7 @@ from lingraft.fusion.cache import Request, StateCache
 from lingraft.fusion.functions import ELEMENTWISE, Attended, CrossAttention
 from lingraft.fusion.sources import Columns, Point, align, beside, evaluating, points, states_of
 from lingraft.fusion.stages import SecondStage, second_stage
+from lingraft.fusion.xmixup import Mixup
 from lingraft.heads import Head
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ class Fuser:
     def _continues(self) -> bool:
         return self.fusion.decoding == "continuation" and self.backbone.kind == "decoder" and self.translator is None
 
-    def _states(self, rows: Sequence[Counterpart], needed: Sequence[int]) -> dict[str, torch.Tensor]:
+    def _states(self, rows: Sequence[Counterpart], needed: Sequence[int]) -> Mapping[str, Any]:
         """Source states by fused layer, kept or computed."""
         kept = None
         if self.cache is not None:
@@ -206,14 +207,13 @@ class Fuser:
         finally:
             self._current = now
 
-    def _translated(self, rows: Sequence[Counterpart]) -> tuple[dict[str, torch.Tensor], list[int]]:
+    def _translated(self, rows: Sequence[Counterpart]) -> tuple[Mapping[str, Any], list[int]]:
         """The translation encoder's states of texts, through the projection: the same for every fused layer."""
         assert self.translator is not None
         states, mask = self.translator.states([row.text for row in rows])
         with self.backbone.autocast():
             found = self.extra["projection"](states.to(self.backbone.device).float())
-        translated: dict[str, torch.Tensor] = dict.fromkeys(self.places, found)
-        return translated, mask.sum(dim=1).tolist()
+        return dict.fromkeys(self.places, found), mask.sum(dim=1).tolist()
 
     def _following(self, rows: Sequence[Counterpart | None], written: Sequence[int] | None) -> list[tuple[int, ...]]:
         """What the first stage writes after every source text, the likeliest token each time; kept, as it never changes."""
@@ -326,6 +326,14 @@ def put_on(backbone: Backbone, wrapped: Any, stage: SecondStage, *, seed: int = 
     Yields:
         The module that holds tensors beyond LoRA's; None: there are none.
     """
+    if stage.mixup is not None:
+        backbone.mixup = Mixup(backbone, stage.mixup)
+        wrapped.add_module(EXTRA, backbone.mixup)
+        try:
+            yield backbone.mixup
+        finally:
+            backbone.mixup = None
+        return
     if stage.fusion is None:
         yield None
         return

@@ -16,6 +16,9 @@ from lingraft.plan.steps import Plain, Step
 if TYPE_CHECKING:
     from lingraft.plan.planner import Planner
 
+TRANSLATED_FORM = 1
+"""How texts are divided and answers projected when rows are translated: raised when that changes."""
+
 
 @dataclass(frozen=True)
 class Given:
@@ -138,6 +141,7 @@ class TwoLanguages:
             "model": model,
             "beams": settings.beams,
             "answers": answers,
+            "form": TRANSLATED_FORM,
             "dtype": planner.dtype,
         }
         if (limit := self._limit(split)) is not None:
