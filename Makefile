@@ -48,6 +48,7 @@ format: $(VENV)/.dev  ## put the code in shape
 bench: $(VENV)/.dev  ## measure
 	$(BIN)/python benchmarks/losses.py
 	$(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/fusion.py
 
 clean:
 	rm -rf $(VENV) build dist

@@ -220,6 +220,8 @@ class FusionConfig(Config):
     def _continued(self) -> "FusionConfig":
         if self.decoding == "continuation" and not self.mask_padding:
             raise ValueError("decoding: continuation needs mask_padding: true, or padding would stand inside a text")
+        if self.decoding == "continuation" and self.cache:
+            raise ValueError("cache: true is for decoding: lora: what continues a source text is not known beforehand")
         return self
 
 

@@ -260,6 +260,7 @@ def _second(step: Step, session: Session) -> "SecondStage | None":
     if config is None:
         return None
     folder = session.folder(step.inputs["stage1"])
+    beside = step.config.get("counterpart", {})
     cache = None
     if "states" in step.inputs:
         states = session.folder(step.inputs["states"])
@@ -271,6 +272,8 @@ def _second(step: Step, session: Session) -> "SecondStage | None":
         MixupConfig(**config["mixup"]) if "mixup" in config else None,
         step.config["language"],
         cache,
+        form=beside.get("form", "alone"),
+        source=beside.get("language", ""),
     )
 
 

@@ -16,10 +16,11 @@ from lingraft.config import AdapterConfig, BackboneConfig, validated
 from lingraft.config import Experiment as ExperimentConfig
 from lingraft.costs import cost, reading, shape_for
 from lingraft.costs.arithmetic import Work, adapter_parameters, gpu_hours, inference_flops, peak_memory, training_flops
-from lingraft.costs.shapes import KNOWN, shape_of
+from lingraft.costs.shapes import KNOWN, reader_of, shape_named, shape_of
 from lingraft.errors import BackboneError, UserError
 from lingraft.locating import Located, locate
 from lingraft.plan import Plan, make_plan
+from lingraft.tasks.sources import without_the_hub
 
 SMALL = {
     "vocab_size": 300,
@@ -57,6 +58,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mt5": ("mt5", SMALL_T5),
     "umt5": ("umt5", SMALL_T5),
 }
+SMALL_NLLB = {
+    "vocab_size": 300,
+    "d_model": 48,
+    "encoder_layers": 8,
+    "decoder_layers": 6,
+    "encoder_ffn_dim": 112,
+    "decoder_ffn_dim": 96,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "max_position_embeddings": 130,
+    "pad_token_id": 0,
+}
 
 
 def built(architecture: str, sizes: dict[str, Any], device: str = "cpu") -> Any:
@@ -74,9 +87,9 @@ def counted(model: Any) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, "m2m_100"])
 def test_parameters_and_linear_layers_are_those_of_the_real_model(name: str) -> None:
-    model = built(*MODELS[name], device="meta")
+    model = built(*MODELS.get(name, (name, SMALL_NLLB)), device="meta")
     shape = shape_of(model.config.to_dict())
     assert shape.parameters == counted(model)
     layers = {
@@ -95,6 +108,12 @@ def test_parameters_and_linear_layers_are_those_of_the_real_model(name: str) -> 
         ("google-t5/t5-base", 222_903_552),
         ("google/mt5-base", 582_401_280),
         ("google/gemma-3-270m", 268_098_176),
+        ("FacebookAI/xlm-roberta-large", 559_890_432),
+        ("google/mt5-xl", 3_742_619_648),
+        ("meta-llama/Llama-3.1-8B", 8_030_261_248),
+        ("google/gemma-2-9b", 9_241_705_984),
+        ("facebook/nllb-200-distilled-600M", 615_073_792),
+        ("facebook/nllb-200-3.3B", 3_344_863_232),
     ],
 )
 def test_known_backbones_have_their_published_sizes(name: str, parameters: int) -> None:
@@ -102,7 +121,7 @@ def test_known_backbones_have_their_published_sizes(name: str, parameters: int) 
     shape = shape_of(config)
     assert shape.parameters == parameters
     # transformers makes every new T5 with one embedding, and keeps two where a checkpoint has them, as mT5's do.
-    second = shape.vocabulary * shape.width if name == "google/mt5-base" else 0
+    second = shape.vocabulary * shape.width if "mt5" in name else 0
     assert counted(built(config.pop("model_type"), config, device="meta")) + second == parameters
 
 
@@ -189,6 +208,17 @@ def test_arithmetic_is_what_torch_counts(name: str, length: int) -> None:
     with FlopCounterMode(display=False) as both:
         passed(wrapped.base_model.model, length).sum().backward()
     assert training_flops(shape, work, trained) == pytest.approx(both.get_total_flops(), rel=0.1)
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [("mt5", FLOPS["mt5"][1]), ("m2m_100", SMALL_NLLB)])
+def test_a_text_that_is_read_for_its_states_goes_through_the_encoder_alone(kind: str, sizes: dict[str, Any]) -> None:
+    model = built(kind, sizes)
+    shape = reader_of(shape_of(model.config.to_dict()))
+    with FlopCounterMode(display=False) as read, torch.no_grad():
+        model.get_encoder()(input_ids=torch.arange(64)[None] + 5)
+    assert inference_flops(shape, Work(items=1, tokens=64, length=64)) == pytest.approx(read.get_total_flops(), rel=0.1)
+    decoder = shape_of(MODELS["llama"][1] | {"model_type": "llama"})
+    assert reader_of(decoder) == decoder
 
 
 def test_positions_that_take_a_loss_are_projected_twice() -> None:
@@ -410,3 +440,153 @@ def test_hub_models_that_nothing_here_describes_have_no_shape() -> None:
 def test_the_shape_of_a_folder(tiny_folder: Path) -> None:
     found = shape_for(locate(BackboneConfig(model=str(tiny_folder))))
     assert found is not None and found.width == 32 and found.key_value == 16
+
+
+TWO = {
+    "task": "nusax",
+    "targets": ["jv"],
+    "development": [],
+    "reference": {"task": "none"},
+    "data_dir": None,
+    "evaluation": {"source": False},
+}
+
+
+@pytest.fixture
+def second(planned: Any, tiny_folder: Path) -> Any:
+    """The cost of one kind of step of one method, or of all of a plan's."""
+    shape = shape_of(json.loads((tiny_folder / "config.json").read_text()))
+
+    def reckoned(method: str | None = None, kind: str = "train", **changes: Any) -> dict[str, Any]:
+        named = (
+            {"methods": ["eng-ft", "translate-train", "input-fusion", "flare"]}
+            if method is None
+            else {"methods": [method]}
+        )
+        with without_the_hub():
+            plan = planned(**{**TWO, **named, **changes})
+        steps = [s for s in plan.steps if s.kind == kind and (kind != "train" or "second" in s.config)]
+        return cost(plan, shape, steps)
+
+    reckoned.shape = shape  # pyright: ignore[reportFunctionMemberAccess]
+    return reckoned
+
+
+def test_a_second_stage_reads_its_counterparts_too(second: Any) -> None:
+    plain, fused, both = (second(name) for name in ("translate-train", "flare", "input-fusion"))
+    tokens = [found["steps"]["train"]["tokens"] for found in (plain, fused, both)]
+    # 500 items in Javanese, two epochs; the English text is read beside them, or in the same input.
+    english, javanese = (items_tokens(language) for language in ("en", "jv"))
+    assert tokens[0] == pytest.approx(2 * 500 * (javanese[0] + javanese[1]))
+    assert tokens[1] - tokens[0] == pytest.approx(2 * 500 * english[0])
+    assert tokens[2] == pytest.approx(tokens[1])
+    # Without gradients a text is cheaper than with them.
+    assert plain["flops"] < fused["flops"] < both["flops"]
+    read = Work(items=1000, tokens=1000 * english[0], length=english[0])
+    assert fused["flops"] - plain["flops"] == pytest.approx(inference_flops(second.shape, read))
+    assert fused["memory"] > plain["memory"]
+
+
+def items_tokens(language: str) -> tuple[float, float]:
+    """Tokens of a published item and of its answer, as the tiny model's vocabulary has them."""
+    shape = shape_of(KNOWN["NousResearch/Llama-2-7b-hf"])
+    known = reading.items("nusax", language, "train")
+    assert known
+    rate = reading.characters_a_token(shape, language)
+    return known[0][0] / rate, known[0][1] / rate + 1
+
+
+def test_what_is_asked_reads_its_counterparts_too(second: Any) -> None:
+    plain, fused, both = (
+        second(n, "predict")["steps"]["predict"] for n in ("translate-train", "flare", "input-fusion")
+    )
+    english = items_tokens("en")[0]
+    assert fused["tokens"] - plain["tokens"] == pytest.approx(400 * english)
+    assert both["tokens"] == pytest.approx(fused["tokens"]) and plain["flops"] < fused["flops"]
+    instead = second("translate-test", "predict")["steps"]["predict"]
+    assert instead["tokens"] == pytest.approx(400 * sum(items_tokens("en")))
+
+
+def test_stored_states_take_their_place_on_the_disk_and_are_read_once(second: Any) -> None:
+    computed, stored = second("flare"), second("flare", fusion={"cache": True})
+    kept = second("flare", "states", fusion={"cache": True})
+    assert computed["disk"] == stored["disk"] == 0
+    # Beside every token of the Javanese texts, of two layers, 32 features of two bytes.
+    assert kept["disk"] == pytest.approx(500 * items_tokens("jv")[0] * 2 * 32 * 2)
+    assert kept["flops"] == pytest.approx((computed["flops"] - stored["flops"]) / 2)  # Two epochs.
+    assert stored["memory"] == computed["memory"]  # Where they come from, they have to be held.
+    few = second("flare", "states", fusion={"cache": True}, training={"limit": 50, "epochs": 2, "batch_size": 4})
+    assert few["disk"] == pytest.approx(kept["disk"] / 10)
+    masked = second("flare", "states", fusion={"cache": True, "mask_padding": True})
+    assert masked["disk"] == pytest.approx(500 * min(items_tokens(c)[0] for c in ("en", "jv")) * 2 * 32 * 2)
+
+
+def translating(**changes: Any) -> dict[str, Any]:
+    return {"translation": {"model": "facebook/nllb-200-distilled-600M", **changes}}
+
+
+def test_translations_are_written_by_the_model_that_is_named(second: Any) -> None:
+    made = second("flare", "translate", **translating())
+    row, shape = made["steps"]["translate"], shape_of(KNOWN["facebook/nllb-200-distilled-600M"])
+    assert row["count"] == 2 and made["unknown"] == []
+    assert row["tokens"] > 0 and row["written"] > 0 and made["memory"] > 4 * shape.parameters
+    # Every token of a batch of 16 needs all weights once.
+    assert made["gpu_hours"] >= 0.999 * row["written"] / 16 * 4 * shape.parameters / 3.35e12 / 3600
+    assert second("flare", "translate", **translating(beams=2))["steps"]["translate"]["written"] == 2 * row["written"]
+    assert second("flare", "translate", **translating(splits=["test"]))["steps"]["translate"]["count"] == 1
+    strange = second("flare", "translate", **translating(model="someone/a-translator"))
+    assert strange["steps"]["translate"]["tokens"] > 0 and strange["flops"] == strange["gpu_hours"] == 0
+    assert len(strange["unknown"]) == 2
+
+
+def test_translated_items_are_those_of_the_source(second: Any) -> None:
+    """A second stage learns from as many items as were translated, whatever the target has of its own."""
+    numbers = {"en": 30, "jv": 7}
+
+    def lookup(task: str, language: str, split: str, prompt: str) -> list[tuple[int, int]]:
+        return [(100, 8)] * numbers[language]
+
+    config = {
+        "task": {"task": "nusax"},
+        "language": "jv",
+        "split": "train",
+        "second": {"kind": "lora"},
+        "max_length": 512,
+    }
+    made = step("train", **config, training={"epochs": 1, "max_length": 512, "batch_size": 4})
+    for translation, count in (({}, 7), ({"model": "x"}, 30), ({"model": "x", "splits": ["test"]}, 7)):
+        asked = experiment(**{**TWO, "methods": ["flare"], "translation": translation})
+        work = reading.work_of(made, asked, second.shape, lookup)
+        assert work is not None and work.items == count
+
+
+def test_the_translation_encoder_is_run_and_its_projection_trained(second: Any) -> None:
+    plain, fused = second("translate-train"), second("flare-mt")
+    reader = reader_of(shape_of(KNOWN["facebook/nllb-200-distilled-600M"]))
+    assert fused["flops"] - plain["flops"] > inference_flops(reader, Work(tokens=1000 * items_tokens("jv")[0]))
+    # Its weights, and the projection with its gradient and moments.
+    assert fused["memory"] == pytest.approx(plain["memory"] + 4 * reader.parameters + 16 * 1024 * 32)
+    strange = second("flare-mt", fusion={"encoder": "someone/a-translator"})
+    assert strange["unknown"] and strange["steps"]["train"]["count"] == 1
+
+
+def test_x_mixup_learns_from_both_texts(planned: Any) -> None:
+    shape = shape_of({"model_type": "xlm-roberta", **FLOPS["xlm-r"][1]})
+    values = {"training": {"max_length": 512, "epochs": 1, "batch_size": 4}, "adapter": {"family": "lora"}}
+    asked = {"task": {"task": "nusax"}, "language": "jv", "split": "train", **values}
+    beside = {"counterpart": {"form": "beside", "language": "en"}}
+
+    def flops(**config: Any) -> float:
+        return cost(plan_of(step("train", **asked, **config)), shape, lookup=lambda *_: [(260, 8)] * 40)["flops"]
+
+    alone, mixed, fused = (
+        flops(second={"kind": "lora"}),
+        *(flops(**beside, second={"kind": k}) for k in ("mixup", "fused")),
+    )
+    assert mixed == pytest.approx(2 * alone, rel=0.3) and alone < fused < mixed
+
+
+def test_models_without_a_known_name_are_looked_for_on_this_machine(tiny_folder: Path) -> None:
+    found = shape_named(str(tiny_folder))
+    assert found is not None and found.width == 32
+    assert shape_named("no such folder/at all/here") is None and shape_named("someone/unheard-of") is None

@@ -31,7 +31,7 @@ _KINDS = ("train", "predict", "read", "project", "translate", "states")
 
 @dataclass(frozen=True)
 class _Price:
-    """What one step costs: tokens, operations, hours, bytes at the peak and on disk; and whether it runs a model of unknown sizes."""
+    """What one step costs: tokens, operations, hours, bytes at the peak and on disk; whether it runs a model of unknown sizes."""
 
     tokens: float
     written: float
@@ -132,12 +132,14 @@ class _Reckoned:
         else:
             mixed = step.config.get("second", {}).get("kind") == "mixup"
             batch = step.config["training"]["batch_size"]
-            trained = adapter_parameters(self.shape, adapter) + (encoder.width * self.shape.width if encoder else 0)
+            projection = encoder.width * self.shape.width if encoder else 0
+            trained = adapter_parameters(self.shape, adapter) + projection
             if mixed:  # Both texts are learned from.
                 flops = training_flops(self.shape, read.source, trained)
             flops += training_flops(self.shape, work, trained)
             states = work.longest if read.columns and not mixed else 0.0
             held = self._held(adapter, batch * (2 if mixed else 1), work.longest, work.output_length, states)
+            held += 16 * projection
         if encoder is not None:
             held += self._held(None, 0, 0, 0, 0, encoder)
         hours = gpu_hours(flops + more, self.device, self.utilisation)
@@ -185,7 +187,7 @@ class _Reckoned:
         return _Price(read.source.tokens, 0, flops, hours, held, disk)
 
     def _translation(self, step: "Step") -> _Price | None:
-        """A translation model reads rows and writes them; of one whose sizes are not known, tokens alone, of the base's vocabulary."""
+        """A translation model reads rows and writes them; of one whose sizes are not known, tokens alone are counted."""
         reader = shape_named(step.config["model"])
         work = translated(step, reader or self.shape, self.lookup)
         if work is None or reader is None:

@@ -3,7 +3,7 @@
 adapter_config.json, adapter_model.safetensors   the second stage's LoRA, which plain PEFT opens
 stage1/                                          the first stage, an adapter folder of its own
 fusion.safetensors                               tensors beyond LoRA's, where there are any
-lingraft.json                                    `second`: the kind, how it fuses, the first stage's digest
+lingraft.json                                    `second`: the kind, what it reads, how it fuses, the first stage's digest
 """
 
 import shutil
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 FIRST = "stage1"
 TENSORS = "fusion.safetensors"
 Kind = Literal["lora", "fused", "fused-mt", "mixup"]
+Form = Literal["alone", "beside", "concatenated", "itself"]
+"""What is read of an item's counterpart: none of it, its states or text beside the item, both texts as one input, the item itself."""
+_FORMS: dict[Kind, Form] = {"lora": "alone", "fused": "beside", "fused-mt": "itself", "mixup": "beside"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class SecondStage:
         language: The target language, which a translation encoder asks for.
         cache: Source states that were computed before.
         folder: Where it was read from.
+        form: What is read of counterparts, in training and when asked; None: what the kind says, which for LoRA is nothing.
+        source: The source language, that of the counterparts; empty: none is read, or it is not known.
     """
 
     first: Adapter
@@ -51,6 +56,8 @@ class SecondStage:
     language: str = ""
     cache: "StateCache | None" = None
     folder: Path | None = None
+    form: Form | None = None
+    source: str = ""
 
     def __post_init__(self) -> None:
         if self.first.structure != "lora":
@@ -66,9 +73,16 @@ class SecondStage:
         assert self.first.path is not None
         return content_digest(self.first.path)
 
+    @property
+    def reads(self) -> Form:
+        """What is read of counterparts."""
+        return self.form or _FORMS[self.kind]
+
     def notes(self) -> dict[str, Any]:
         """What the sidecar says."""
-        found: dict[str, Any] = {"kind": self.kind, "language": self.language, "stage1": self.digest}
+        found: dict[str, Any] = {"kind": self.kind, "form": self.reads, "language": self.language, "stage1": self.digest}
+        if self.source:
+            found["source"] = self.source
         if self.fusion is not None:
             found["fusion"] = self.fusion.model_dump(mode="json", exclude={"cache", "cache_limit"})
         if self.mixup is not None:
@@ -119,7 +133,11 @@ def second_stage(adapter: Adapter, cache: "StateCache | None" = None) -> SecondS
             where=adapter.path,
             remedy=f"keep its folder '{FIRST}' with it",
         )
-    if not isinstance(notes, dict) or notes.get("kind") not in get_args(Kind):
+    if (
+        not isinstance(notes, dict)
+        or notes.get("kind") not in get_args(Kind)
+        or notes.get("form") not in (None, *get_args(Form))
+    ):
         raise AdapterError("what the second stage is cannot be read", where=adapter.path / SIDECAR)
     digest = content_digest(adapter.path / FIRST)
     if notes.get("stage1") != digest:
@@ -138,6 +156,8 @@ def second_stage(adapter: Adapter, cache: "StateCache | None" = None) -> SecondS
         str(notes.get("language", "")),
         cache,
         adapter.path,
+        notes.get("form"),
+        str(notes.get("source", "")),
     )
 
 
