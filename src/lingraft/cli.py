@@ -209,6 +209,28 @@ def _model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _source_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option(
+            "--missing",
+            type=click.Choice(["error", "skip"]),
+            help="What becomes of items without counterpart: an error, or they are left out.  [default: error]",
+        ),
+        click.option(
+            "--source-data",
+            type=FOLDER,
+            help="File with the counterparts instead of the task's own: its rows in the source language (.jsonl, .tsv, .csv), "
+            "with the items' ids.",
+        ),
+        click.option(
+            "--source-language",
+            help="Of two languages: that of the items' counterparts, paired by id.  [default: the adapter's own, or en]",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 @main.command()
 @_model_options
 @click.option("--text", help="For plain text: path of the text below --data-dir, with {language} in it.")
@@ -221,13 +243,26 @@ def _model_options(function: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--seed", default=0, show_default=True)
 @click.option("--start-from", type=FOLDER, help="An adapter to go on from.")
+@click.option(
+    "--first-stage", type=FOLDER, help="A LoRA, on top of which a second stage is trained that reads two languages."
+)
+@click.option(
+    "--second",
+    type=click.Choice(["lora", "concatenated", "fused", "fused-mt", "mixup"]),
+    help="The second stage: plain LoRA, LoRA that reads both texts in one input, FLARE (fused), FLARE-MT with a translation "
+    "encoder, or X-Mixup.  [default: fused]",
+)
+@_source_options
 @click.option("--out", type=FOLDER, required=True)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @verb
 def train(**options: Any) -> Any:
     """Train an adapter on a task's labels, or on plain text (--task clm, mlm, prefix-lm, span-corruption).
 
-    KEY=VALUE sets training.…, adapter.… or reference.… values, for example training.epochs=1.
+    With --first-stage: train a second stage on a task's labels in the target language (FLARE). The adapter that comes out has
+    its first stage in it.
+
+    KEY=VALUE sets training.…, adapter.…, reference.…, fusion.… or mixup.… values, for example training.epochs=1.
     """
     from lingraft.commands import models
 
@@ -250,10 +285,15 @@ def train(**options: Any) -> Any:
 @click.option(
     "--max-length", type=click.IntRange(min=8), default=1024, show_default=True, help="Tokens of prompt and answer."
 )
+@_source_options
+@click.option("--no-source", is_flag=True, help="Ask an adapter of two languages without counterparts, as plain LoRA.")
 @click.option("--out", type=FOLDER, required=True)
 @verb
 def evaluate(**options: Any) -> Any:
-    """Score a model, with or without an adapter: by label likelihood, or by what it writes."""
+    """Score a model, with or without an adapter: by label likelihood, or by what it writes.
+
+    An adapter of two languages is asked with the items' counterparts in the source language, as it was trained.
+    """
     from lingraft.commands import models
 
     return models.evaluate_model(**options)

@@ -43,7 +43,14 @@ def base_digest(adapter: Described) -> str | None:
     return (adapter.sidecar.get("backbone") or {}).get("digest")
 
 
-def check_fit(named: Mapping[str, Described], sites: Iterable[str], *, any_rank: bool, any_size: bool = False) -> None:
+def check_fit(
+    named: Mapping[str, Described],
+    sites: Iterable[str],
+    *,
+    any_rank: bool,
+    any_size: bool = False,
+    compared: bool = False,
+) -> None:
     """Makes sure that adapters can be combined.
 
     Args:
@@ -52,10 +59,14 @@ def check_fit(named: Mapping[str, Described], sites: Iterable[str], *, any_rank:
         any_rank: Only the weights that LoRA adapters add to must have equal shapes, and an adapter without a site adds
             nothing there; else every tensor must, and every adapter must have every site.
         any_size: Bottlenecks and prefixes may have any number of units, but must have equal widths.
+        compared: Nothing is made of them, so that a second stage may be among them.
 
     Raises:
-        AdapterError: They do not fit; all mismatches are listed.
+        AdapterError: They do not fit; all mismatches are listed. Or one is a second stage, which is nothing without its first.
     """
+    if not compared:
+        for who, adapter in named.items():
+            _check_one_stage(who, adapter)
     (first_name, first), *others = named.items()
     if structures := _differing({who: a.structure for who, a in named.items()}):
         raise AdapterError(f"the adapters have different structures: {structures}", remedy=_REMEDY)
@@ -86,6 +97,16 @@ def check_fit(named: Mapping[str, Described], sites: Iterable[str], *, any_rank:
     if problems:
         said = problems[:SHOWN] + ([f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else [])
         raise AdapterError("the adapters do not fit together:\n  - " + "\n  - ".join(said), remedy=_REMEDY)
+
+
+def _check_one_stage(who: str, adapter: Described) -> None:
+    if adapter.sidecar.get("second") is not None:
+        raise AdapterError(
+            f"the {who} is a second stage, which works only on top of the first one it was trained on",
+            where=getattr(adapter, "path", None),
+            remedy="merge the first stage (its folder 'stage1'), then train the second on the result: "
+            "lingraft train --first-stage",
+        )
 
 
 def _differing(values: Mapping[str, str | None]) -> str | None:

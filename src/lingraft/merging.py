@@ -360,7 +360,7 @@ def similarity(x: Adapter, y: Adapter) -> dict[str, Any]:
         raise AdapterError(
             "the two adapters have no site in common", remedy="give adapters of the same modules of one base model"
         )
-    check_fit({"first": x, "second": y}, shared, any_rank=x.structure == "lora")
+    check_fit({"first": x, "second": y}, shared, any_rank=x.structure == "lora", compared=True)
     sums: dict[str, np.ndarray[Any, Any]] = {}
     for module in shared:
         a, b = _double(x.site(module)), _double(y.site(module))

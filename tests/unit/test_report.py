@@ -248,6 +248,21 @@ def test_tables_have_a_row_a_method_and_languages_by_name(tmp_path: Path):
     assert averages[3][4].startswith("14 % [")
 
 
+def test_second_stages_are_measured_against_the_one_without_fusion(tmp_path: Path):
+    fused = {"sw": [[1, 1, 1, 0], [1, 1, 1, 1]], "vi": [[1, 1, 0, 0], [1, 1, 1, 1]]}
+    right = {"eng-ft": RIGHT["eng-ft"], "translate-train": RIGHT["tgt-ft"], "flare": fused}
+    found = results(make_run(tmp_path, right))
+    average = found["methods"]["flare"]["average"]
+    rows = {row[0]: row for row in average_table(found)[1]}
+    assert average_table(found)[0][-2:] == ["against LoRA", "p"]
+    unfused = found["methods"]["translate-train"]["average"]["value"]
+    assert average["against_unfused"]["difference"] == pytest.approx(average["value"] - unfused)
+    assert average["difference"] == pytest.approx(average["value"] - found["methods"]["eng-ft"]["average"]["value"])
+    assert rows["FLARE"][-2].startswith(f"{100 * average['against_unfused']['difference']:+.1f}")
+    assert rows["LoRA (translate-train)"][-2:] == ["", ""]
+    assert "against_unfused" not in found["methods"]["translate-train"]["average"]
+
+
 def test_a_target_without_data_says_so_and_has_no_average(tmp_path: Path):
     right = {**RIGHT, "tgt-ft": {"sw": RIGHT["tgt-ft"]["sw"]}}
     found = results(make_run(tmp_path, right, absent=[("tgt-ft", "vi", "no labelled training data")]))

@@ -14,7 +14,8 @@ from lingraft.divergence import Divergence
 from lingraft.errors import UserError
 from lingraft.families import GUARDS
 from lingraft.fitting import base_digest
-from lingraft.layouts.common import read_sidecar
+from lingraft.fusion.stages import FIRST
+from lingraft.layouts.common import WEIGHTS, read_sidecar
 from lingraft.merging import Combination, Graft, divergence_of, similarity
 from lingraft.store import appearing, write_json
 
@@ -172,8 +173,7 @@ def inspect_folders(folders: Sequence[Path], as_json: bool) -> dict[str, Any] | 
         return {"adapters": described, "similarity": alike}
     console = Console()
     for entry in described:
-        shown = [[k, str(v)] for k, v in entry.items() if k not in ("path", "norm_by_layer") and v is not None]
-        lines(["", entry["path"]], shown, console)
+        lines(["", entry["path"]], _shown(entry), console)
     if alike:
         head = ["layer", "cosine", "norm", "norm"]
         rows = [["all", _cosine(alike["cosine"]), *(f"{n:.4g}" for n in alike["norms"])]]
@@ -216,4 +216,45 @@ def _described(folder: Path, adapter: Adapter, diverges: bool) -> dict[str, Any]
         "norm": own["norms"][0],
         "norm_by_layer": {layer: norms[0] for layer, norms in own["norms_by_layer"].items()},
         "provenance": adapter.sidecar.get("provenance"),
+        **_two_stages(folder, adapter),
     }
+
+
+def _two_stages(folder: Path, adapter: Adapter) -> dict[str, Any]:
+    """Of a second stage: what it is, what it stands on, and whether that is there."""
+    notes = adapter.sidecar.get("second")
+    if not isinstance(notes, dict):
+        return {}
+    there = content_digest(folder / FIRST) if (folder / FIRST / WEIGHTS).is_file() else None
+    state = "missing" if there is None else "here" if there == notes.get("stage1") else f"another one here, {there}"
+    return {"second": notes, "first_stage": state}
+
+
+_READS = {
+    "alone": "reads no counterpart",
+    "beside": "mixed with the counterpart's states",
+    "concatenated": "reads the counterpart's text in front",
+    "itself": "mixed with a translation encoder's states of the text",
+}
+
+
+def _shown(entry: dict[str, Any]) -> list[list[str]]:
+    """A description as rows for people."""
+    hidden = ("path", "norm_by_layer", "second", "first_stage")
+    rows = [[k, str(v)] for k, v in entry.items() if k not in hidden and v is not None]
+    if (notes := entry.get("second")) is None:
+        return rows
+    fusion, mixup = notes.get("fusion") or {}, notes.get("mixup")
+    said = [
+        str(notes.get("kind")),
+        _READS.get(notes.get("form", ""), ""),
+        *([f"φ {fusion['function']}"] if fusion else []),
+    ]
+    said += [f"source language {notes['source']}"] if notes.get("source") else []
+    rows.append(["second stage", ", ".join(part for part in said if part)])
+    for name, values in (("fusion", fusion), ("mixup", mixup)):
+        if values:
+            rows.append([name, ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)])
+    rows.append(["first stage", f"{notes.get('stage1')} ({entry['first_stage']})"])
+    rows.append(["in plain PEFT", f"LoRA, on top of the one in {FIRST}/ merged into the base; nothing is mixed"])
+    return rows

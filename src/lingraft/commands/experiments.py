@@ -125,12 +125,22 @@ def _dry_run(
     console.print("time here: " + duration(found["seconds"]), highlight=False)
     if found["cost"]:
         show_cost(found["cost"], console)
+        if found["cost"].get("disk", 0) > 0:
+            console.print(f"source states: {_bytes(found['cost']['disk'])} on disk", highlight=False)
     if unresolved:
         console.print(
             "the hub does not answer: commits were not looked up, and finished steps on its models or data are not recognised",
             style="dim",
         )
     return None
+
+
+def _bytes(count: float) -> str:
+    """A size on disk, in powers of ten as `fusion.cache_limit` has it."""
+    for size, unit in ((1e9, "GB"), (1e6, "MB")):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"
 
 
 def show_report(run_dir: Path, as_json: bool, fresh: bool = True, beside: str | None = None) -> dict[str, Any] | None:

@@ -57,13 +57,31 @@ def _data(task: dict[str, Any]) -> str:
 
 def list_methods(as_json: bool) -> list[dict[str, Any]] | None:
     """`lingraft methods`."""
-    from lingraft.methods import METHODS
+    from lingraft.config import FUSION_FUNCTIONS
+    from lingraft.methods import CRITERIA, METHODS
     from lingraft.report.terminal import lines
 
+    fused = [name for name, row in METHODS.items() if row.second in ("fused", "fused-mt")]
     if as_json:
         return [
-            {"name": m.name, "title": m.title, "says": m.says, "tunes_weight": m.adapter == "graft"}
+            {
+                "name": m.name,
+                "title": m.title,
+                "says": m.says,
+                "tunes_weight": m.adapter == "graft",
+                "second": m.second,
+                "functions": list(FUSION_FUNCTIONS) if m.name in fused else [],
+            }
             for m in METHODS.values()
         ]
-    lines(["method", "what it does"], [[m.name, m.says] for m in METHODS.values()], Console())
+    console = Console()
+    lines(["method", "what it does"], [[m.name, m.says] for m in METHODS.values()], console)
+    rows = [
+        [f"METHOD:{name}", f"a method with a weight, λ by {says}"]
+        for name, says in CRITERIA.items()
+        if name != "labels"
+    ]
+    functions = ", ".join(FUSION_FUNCTIONS)
+    rows.append(["METHOD:FUNCTION", f"{', '.join(fused)}: φ, which mixes the states, is one of {functions}"])
+    lines(["variant", "what it is"], rows, console)
     return None

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
 
+from lingraft.adapter import Adapter, content_digest
+from lingraft.commands.counterparts import OPTIONS, SOURCE, Counterparts, counterparts, refuse_unread, spelt
 from lingraft.commands.watching import Watcher, stderr
 from lingraft.config import (
     TEXT_TASKS,
@@ -14,13 +16,20 @@ from lingraft.config import (
     BackboneConfig,
     Config,
     CustomTask,
+    FusionConfig,
+    MixupConfig,
     ReferenceConfig,
     TrainingConfig,
     parse_override,
     parse_yaml,
     validated,
 )
+from lingraft.digests import digest_file
 from lingraft.errors import ConfigError, UserError, suggestion
+from lingraft.fusion.stages import TENSORS, SecondStage, second_adapter, second_stage
+
+if TYPE_CHECKING:
+    from lingraft.tasks.task import Task
 
 
 def _own_tasks(path: Path | None) -> dict[str, CustomTask]:
@@ -59,6 +68,89 @@ def _backbone(options: dict[str, Any]) -> Any:
     return locate(validated(BackboneConfig, {k: options[k] for k in names}))
 
 
+_SECOND: dict[str, tuple[Any, Any]] = {
+    "lora": ("lora", "alone"),
+    "concatenated": ("lora", "concatenated"),
+    "fused": ("fused", "beside"),
+    "fused-mt": ("fused-mt", "itself"),
+    "mixup": ("mixup", "beside"),
+}
+"""What `--second` names: the kind of second stage, and what is read of counterparts."""
+_PLACES = frozenset({"modules", "plain"})
+_FUSES = {
+    "fused": frozenset(FusionConfig.model_fields) - {"cache", "cache_limit", "encoder", "encoder_revision"},
+    "fused-mt": frozenset({"function", "encoder", "encoder_revision"}) | _PLACES,
+}
+"""The values of `fusion` that a kind of second stage reads; others read where it has its LoRA."""
+
+
+def _check_one_stage(options: dict[str, Any], groups: dict[str, Any]) -> None:
+    """Refuses what only a second stage reads, and to go on from one as if it were the only one.
+
+    Raises:
+        UserError: There is some of it.
+    """
+    given = [name for name in ("second", *OPTIONS) if options[name] is not None]
+    said = [spelt(given)] if given else []
+    said += [f"{name}.{key}" for name in ("fusion", "mixup") for key in sorted(groups[name].model_fields_set)]
+    if said:
+        raise UserError(f"{', '.join(said)}: of a second stage", remedy="give --first-stage, or leave it out")
+    if options["start_from"] is not None and Adapter.load(options["start_from"]).sidecar.get("second") is not None:
+        raise UserError(
+            "the adapter to start from stands on a first stage",
+            where=options["start_from"],
+            remedy="start from another",
+        )
+
+
+def _check_two_stages(options: dict[str, Any], groups: dict[str, Any]) -> None:
+    """Refuses what a second stage would not read.
+
+    Raises:
+        UserError: There is some of it.
+    """
+    name = options["second"]
+    if options["task"] in TEXT_TASKS:
+        raise UserError("a second stage learns a task, not plain text", remedy="leave --first-stage out")
+    if options["start_from"] is not None:
+        raise UserError("--start-from: a second stage starts anew, on --first-stage", remedy="leave it out")
+    if groups["adapter"].family != "lora":
+        raise UserError(f"a second stage is LoRA on LoRA, not {groups['adapter'].family}", remedy="leave --adapter out")
+    if "modules" in groups["adapter"].model_fields_set:
+        raise UserError("adapter.modules: a second stage has its own", remedy="set fusion.modules and fusion.plain")
+    unread = [f"fusion.{key}" for key in sorted(groups["fusion"].model_fields_set - _FUSES.get(name, _PLACES))]
+    unread += [f"mixup.{key}" for key in sorted(groups["mixup"].model_fields_set) if name != "mixup"]
+    if unread:
+        raise UserError(f"{', '.join(unread)}: not read by --second {name}", remedy="leave it out")
+
+
+def _stage(options: dict[str, Any], groups: dict[str, Any], source: str) -> tuple[SecondStage, dict[str, Any]]:
+    """The second stage that is asked for, and the digest of its translation encoder, where it has one.
+
+    Raises:
+        AdapterError: The first stage cannot be one.
+    """
+    from lingraft.locating import locate
+
+    (kind, form), fusion, reads = _SECOND[options["second"]], groups["fusion"], {}
+    if kind == "fused-mt":
+        encoder = locate(BackboneConfig(model=fusion.encoder, revision=fusion.encoder_revision))
+        # Its commit is kept with the adapter.
+        fusion = fusion.model_copy(update={"encoder_revision": encoder.config.revision})
+        reads = {"encoder": encoder.digest}
+    first = Adapter.load(options["first_stage"])
+    stage = SecondStage(
+        first,
+        kind,
+        fusion if kind in ("fused", "fused-mt") else None,
+        groups["mixup"] if kind == "mixup" else None,
+        options["language"],
+        form=form,
+        source=source,
+    )
+    return stage, reads
+
+
 def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options: Any) -> dict[str, Any] | None:
     """`lingraft train`."""
     from lingraft.store import appearing, write_json
@@ -68,10 +160,18 @@ def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options:
     from lingraft.tasks.table import find_task
 
     overrides = [f"adapter.family={options['adapter']}", *overrides]
-    groups = _groups(overrides, {"adapter": AdapterConfig, "training": TrainingConfig, "reference": ReferenceConfig})
+    models: dict[str, type[Config]] = {"adapter": AdapterConfig, "training": TrainingConfig}
+    models |= {"reference": ReferenceConfig, "fusion": FusionConfig, "mixup": MixupConfig}
+    groups = _groups(overrides, models)
     adapter, values = groups["adapter"], groups["training"]
     data_dir, language = bundled_or(options["data_dir"]), options["language"]
-    plain_text, head = options["task"] in TEXT_TASKS, None
+    plain_text, head, items, second = options["task"] in TEXT_TASKS, None, [], None
+    counts: dict[str, Any] = {}
+    if options["first_stage"] is None:
+        _check_one_stage(options, groups)
+    else:
+        options["second"] = options["second"] or "fused"
+        _check_two_stages(options, groups)
     if plain_text:
         if options["text"] is None or data_dir is None:
             raise UserError(
@@ -86,14 +186,30 @@ def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options:
         task = find_task(options["task"], _own_tasks(options["tasks_file"]))
         sources = task.sources(language, "train", data_dir)
         what = {"task": task.spec(options["prompt"]), "rows": [s.digest() for s in sources]}
+        items = task.examples(sources, language=language, prompt=options["prompt"])
+        if options["first_stage"] is not None:
+            read = _learned_beside(task, data_dir, options)
+            second, reads = _stage(options, groups, read.language)
+            where = f"{task.name}, train: {language} and {read.language}"
+            items, skipped = read.beside(items, options["prompt"], where)
+            counts |= {"without_counterpart": skipped} if skipped else {}
+            what |= {"second": second.notes(), "counterparts": read.record(), **reads}
+            adapter = second_adapter(adapter, groups["fusion"])
+        items = subset(items, values.limit)
     located = _backbone(options)
     from lingraft.backbones import Backbone, training_stack
 
     training_stack()
     from lingraft import reading, training
     from lingraft.heads import Head
+    from lingraft.locating import architecture_of
     from lingraft.serving import served_head
 
+    if options["second"] == "mixup" and architecture_of(located) == "decoder":
+        raise UserError(
+            "X-Mixup mixes the states of an encoder, and this backbone is a decoder",
+            remedy="use --second fused, concatenated or lora",
+        )
     record = {
         "kind": "train",
         **what,
@@ -108,15 +224,15 @@ def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options:
     }
     with appearing(out, record) as work, Watcher(as_json) as watcher:
         backbone = Backbone(located)
-        counts: dict[str, Any] = {}
         if plain_text:
             sequences = reading.of_text(backbone, text.lines(), reference)
         else:
             if backbone.kind == "encoder":
                 head = Head(**served_head(task))
-            items = subset(task.examples(sources, language=language, prompt=options["prompt"]), values.limit)
-            sequences, counts = reading.of_items(backbone, items, values, head)
+            sequences, cut = reading.of_items(backbone, items, values, head)
+            counts |= cut
         watcher.begin(f"train {options['task']} {language}")
+        known = {k: v for k, v in record.items() if k in ("language", "training")}
         summary = training.train(
             backbone,
             sequences,
@@ -125,7 +241,8 @@ def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options:
             training=values,
             seed=options["seed"],
             start_from=options["start_from"],
-            provenance={k: v for k, v in record.items() if k in ("language", "training")} | {"task": options["task"]},
+            second=second,
+            provenance={**known, "task": options["task"], **counts},
             progress=lambda done, total, loss: watcher.progress(done, total, f"loss {loss:.3f}"),
             head=head,
         )
@@ -133,18 +250,58 @@ def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options:
         write_json(work / "extra.json", summary)
     if as_json:
         return {"out": str(out), **summary}
-    stderr().print(
-        f"{out}: {summary['steps']} steps, {summary['tokens']} tokens in {summary['seconds']} s, loss {summary['loss']:.3f}",
-        markup=False,
-        highlight=False,
-    )
+    said = f"{out}: {summary['steps']} steps, {summary['tokens']} tokens in {summary['seconds']} s"
+    said += "" if summary["loss"] is None else f", loss {summary['loss']:.3f}"
+    stderr().print(said + _left_out(counts.get("without_counterpart", 0)), markup=False, highlight=False)
     return None
+
+
+def _left_out(count: int) -> str:
+    return f"; {count} items without counterpart left out" if count else ""
+
+
+def _learned_beside(task: "Task", data_dir: Path | None, options: dict[str, Any]) -> Counterparts:
+    """What a second stage reads of its items' counterparts."""
+    form = _SECOND[options["second"]][1]
+    if form in ("alone", "itself"):
+        refuse_unread(options, f"--second {options['second']} reads the items alone")
+        return Counterparts(form)
+    remedy = "give --source-language or --source-data, or --second lora, which needs none"
+    return counterparts(form, task, "train", data_dir, options, SOURCE, remedy)
+
+
+def _asked_beside(
+    stage: SecondStage | None, task: "Task", data_dir: Path | None, options: dict[str, Any]
+) -> Counterparts:
+    """What is read of items' counterparts when an adapter is asked: as it was trained, or nothing."""
+    if options["no_source"]:
+        refuse_unread(options, "--no-source was given")
+        return Counterparts()
+    if stage is None:
+        refuse_unread(options, "there is no adapter of two languages")
+        return Counterparts()
+    if stage.reads in ("alone", "itself"):
+        refuse_unread(options, "this adapter reads the items alone")
+        return Counterparts(stage.reads)
+    remedy = "give --source-language or --source-data, or --no-source to ask the adapter as plain LoRA"
+    return counterparts(stage.reads, task, options["split"], data_dir, options, stage.source or SOURCE, remedy)
+
+
+def _adapter_record(folder: Path | None, stage: SecondStage | None) -> dict[str, Any]:
+    """What of an adapter can change a result."""
+    if folder is None or stage is None:
+        return {"adapter": None if folder is None else content_digest(folder)}
+    further = folder / TENSORS
+    return {
+        "adapter": content_digest(folder),
+        "second": stage.notes(),
+        "further": digest_file(further) if further.is_file() else None,
+    }
 
 
 def evaluate_model(out: Path, as_json: bool, **options: Any) -> dict[str, Any] | None:
     """`lingraft evaluate`."""
-    from lingraft.adapter import Adapter, content_digest
-    from lingraft.store import appearing
+    from lingraft.store import appearing, write_json
     from lingraft.tasks.items import subset
     from lingraft.tasks.sources import bundled_or
     from lingraft.tasks.table import find_task
@@ -154,10 +311,17 @@ def evaluate_model(out: Path, as_json: bool, **options: Any) -> dict[str, Any] |
         options["prompt"],
         options["split"],
     )
-    sources = task.sources(options["language"], split, bundled_or(options["data_dir"]))
+    data_dir = bundled_or(options["data_dir"])
+    sources = task.sources(options["language"], split, data_dir)
     limit = options["limit"] or task.sample.get(split)
-    examples = subset(task.examples(sources, language=options["language"], prompt=prompt), limit)
+    examples = task.examples(sources, language=options["language"], prompt=prompt)
     adapter = Adapter.load(options["adapter"]) if options["adapter"] else None
+    stage = None if adapter is None else second_stage(adapter)
+    read = _asked_beside(stage, task, data_dir, options)
+    examples, skipped = read.beside(
+        examples, prompt, f"{task.name}, {split}: {options['language']} and {read.language}"
+    )
+    examples = subset(examples, limit)
     located = _backbone(options)
     from lingraft.backbones import Backbone, training_stack
 
@@ -184,8 +348,10 @@ def evaluate_model(out: Path, as_json: bool, **options: Any) -> dict[str, Any] |
         "dtype": options["dtype"],
         "quantization": options["quantization"],
         "backbone": located.digest,
-        "adapter": content_digest(options["adapter"]) if options["adapter"] else None,
+        **_adapter_record(options["adapter"], stage),
+        **({} if stage is None else {"counterparts": read.record()}),
     }
+    counts = {"without_counterpart": skipped} if skipped else {}
     with appearing(out, record) as work, Watcher(as_json) as watcher:
         watcher.begin(f"evaluate {task.name} {options['language']}")
         said = ask(
@@ -202,9 +368,11 @@ def evaluate_model(out: Path, as_json: bool, **options: Any) -> dict[str, Any] |
             progress=lambda done, total: watcher.progress(done, total, ""),
         )
         scores = write_answers(work, said, task.rule(prompt), options["language"], list(task.answers))
+        if counts:
+            write_json(work / "extra.json", counts)
     if as_json:
-        return {"out": str(out), **scores}
-    Console().print(_figures(scores), markup=False, highlight=False, soft_wrap=True)
+        return {"out": str(out), **scores, **counts}
+    Console().print(_figures(scores) + _left_out(skipped), markup=False, highlight=False, soft_wrap=True)
     return None
 
 

@@ -1,6 +1,7 @@
 """What steps read and write: from files where there are any, else from what is known of published data sets."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -61,10 +62,10 @@ _CHARACTERS = {
 """Characters of an English item, its prompt's wording included, and of its answer; about, where files say nothing."""
 _SHARES = {"prefix-lm": (0.5, 0.5), "span-corruption": (0.9, 0.2)}
 """Of a segment, what an encoder-decoder reads and what it learns to write (spans of 15 %, and their marks)."""
-Items = Sequence[tuple[int, int]]
-"""Of every item: characters of prompt and answer."""
-Tokens = Sequence[tuple[float, float]]
-"""The same in tokens; of an answer one more than its text has."""
+Items = Mapping[tuple[int, int], int]
+"""Characters of prompt and answer, and how many items have so many."""
+Tokens = Sequence[tuple[float, float, int]]
+"""Tokens of prompt and answer, of an answer one more than its text has, and how many items have so many."""
 Lookup = Callable[[str, str, str, str], Items | None]
 """From task, language, split and wording to the items; None: nothing is known."""
 
@@ -79,7 +80,7 @@ def items(task: str, language: str, split: str) -> Items | None:
         return None
     longer = _longer(language)
     prompt, answer = _CHARACTERS[task]
-    return [(int(prompt * longer), int(answer * longer))] * known[("train", "validation", "test").index(split)]
+    return {(int(prompt * longer), int(answer * longer)): known[("train", "validation", "test").index(split)]}
 
 
 def items_of(experiment: Experiment) -> Lookup:
@@ -98,7 +99,7 @@ def items_of(experiment: Experiment) -> Lookup:
                     asked = find_task(task, experiment.tasks)
                     rows = asked.sources(language, split, bundled_or(folder))
                     examples = asked.examples(rows, language=language, prompt=prompt)
-                    found[key] = [(len(e.prompt), len(e.completion)) for e in examples]
+                    found[key] = Counter((len(e.prompt), len(e.completion)) for e in examples)
                 except LingraftError:
                     pass  # Said by the plan, or by the run; an estimate need not fail for it.
         return found[key]
@@ -153,7 +154,7 @@ def translated(step: "Step", reader: Shape, lookup: Lookup) -> Work | None:
     known = lookup(config["task"], config["language"], config["split"], "default")
     if known is None:
         return None
-    count = min(len(known), config.get("limit") or len(known))
+    count = min(sum(known.values()), config.get("limit") or sum(known.values()))
     read = count * _mean(_tokens(known, reader, config["language"]))
     written = count * _mean(_tokens(_scaled(known, config["language"], config["into"]), reader, config["into"]))
     each = read / count if count else 0.0
@@ -173,7 +174,7 @@ def _asked(step: "Step", experiment: Experiment, shape: Shape, lookup: Lookup) -
     if theirs is None:
         return None
     more = _mean(theirs)
-    return [(prompt + more, answer) for prompt, answer in mine]
+    return [(prompt + more, answer, count) for prompt, answer, count in mine]
 
 
 def _own(step: "Step", experiment: Experiment, shape: Shape, lookup: Lookup) -> Tokens | None:
@@ -206,7 +207,10 @@ def _scaled(known: Items, origin: str, language: str) -> Items:
     if origin == language:
         return known
     longer = _longer(language) / _longer(origin)
-    return [(int(prompt * longer), int(answer * longer)) for prompt, answer in known]
+    found: Counter[tuple[int, int]] = Counter()
+    for (prompt, answer), count in known.items():
+        found[int(prompt * longer), int(answer * longer)] += count
+    return found
 
 
 def _longer(language: str) -> float:
@@ -216,11 +220,16 @@ def _longer(language: str) -> float:
 def _tokens(known: Items, shape: Shape, language: str) -> Tokens:
     rate = characters_a_token(shape, language)
     # An answer is a token longer than its text: the end, or the first token of another candidate.
-    return [(prompt / rate, answer / rate + 1) for prompt, answer in known]
+    return [(prompt / rate, answer / rate + 1, count) for (prompt, answer), count in known.items()]
+
+
+def _number(found: Tokens) -> int:
+    return sum(count for _, _, count in found)
 
 
 def _mean(found: Tokens) -> float:
-    return sum(prompt for prompt, _ in found) / len(found) if found else 0.0
+    number = _number(found)
+    return sum(prompt * count for prompt, _, count in found) / number if number else 0.0
 
 
 def _text_work(step: "Step", experiment: Experiment, shape: Shape) -> Work | None:
@@ -260,7 +269,7 @@ def _text_work(step: "Step", experiment: Experiment, shape: Shape) -> Work | Non
 
 def _prompts(step: "Step", found: Tokens, shape: Shape, epochs: float | None = None) -> Work:
     """Prompts alone, as often as a step reads its items; nothing is predicted behind them."""
-    read = _item_work(step, [(prompt, 0.0) for prompt, _ in found], shape, epochs)
+    read = _item_work(step, [(prompt, 0.0, count) for prompt, _, count in found], shape, epochs)
     return replace(read, scored=0.0, outputs=0.0, output_length=0.0, written=0.0)
 
 
@@ -270,10 +279,11 @@ def _item_work(step: "Step", found: Tokens, shape: Shape, epochs: float | None =
     values = training or config
     limit, times = values.get("limit"), training["epochs"] if training else 1
     times = times if epochs is None else epochs
-    share = 1.0 if limit is None or not found else min(1.0, limit / len(found))
-    count = share * len(found)
-    prompts = share * sum(min(prompt, values["max_length"]) for prompt, _ in found)
-    answers = share * sum(answer for _, answer in found)
+    number = _number(found)
+    share = 1.0 if limit is None or not number else min(1.0, limit / number)
+    count = share * number
+    prompts = share * sum(min(prompt, values["max_length"]) * many for prompt, _, many in found)
+    answers = share * sum(answer * many for _, answer, many in found)
     written = count * config.get("new_tokens", 0)
     if written or shape.kind == "encoder":
         answers = 0.0
@@ -293,5 +303,5 @@ def _item_work(step: "Step", found: Tokens, shape: Shape, epochs: float | None =
 
 def _longest(found: Tokens) -> float:
     """Tokens of the longest item; where all are said to be of the usual length, twice that."""
-    lengths = {prompt + max(0.0, answer - 1) for prompt, answer in found}
+    lengths = {prompt + max(0.0, answer - 1) for prompt, answer, _ in found}
     return max(lengths, default=0.0) * (2 if len(lengths) == 1 else 1)

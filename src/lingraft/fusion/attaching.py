@@ -112,6 +112,8 @@ class Fuser:
         """`φ(A·x_S, A·x_T)` in the columns that are mixed, `A·x_T` in others."""
         first = now.seen.get(module, 0) if now.cached else 0
         now.seen[module] = first + t.shape[1]
+        if first >= now.columns.where.shape[1]:  # Generation has come to what nothing stands beside.
+            return t
         here = slice(first, first + t.shape[1])
         states, where = now.states[module][:, here], now.columns.where[:, here]
         keys = t
@@ -119,8 +121,6 @@ class Fuser:
             keys = torch.cat([now.before[module], t], dim=1)
         if now.cached and self.fusion.function == "cross_attention":
             now.before[module] = keys
-        if not bool(where.any()):
-            return t
         if not torch.is_autocast_enabled(states.device.type):
             states = states.to(down.weight.dtype)
         s = torch.nn.functional.linear(dropout(states), down.weight)

@@ -107,12 +107,7 @@ def write_states(
     """
     wanted = _distinct(requests)
     size = size_of(wanted.values(), len(layers), width)
-    if size > limit_bytes:
-        raise UserError(
-            f"the source states would take {_amount(size)}, and {_amount(limit_bytes)} are allowed",
-            where=folder,
-            remedy="raise fusion.cache_limit (GB), or compute them at every step: fusion.cache=false",
-        )
+    check_size(size, limit_bytes, where=folder)
     try:
         with _refusals(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -130,6 +125,20 @@ def write_states(
             with suppress(OSError):
                 (folder / name).unlink(missing_ok=True)
         raise
+
+
+def check_size(size: int, limit_bytes: float, *, where: str | Path) -> None:
+    """Makes sure that states take no more than is allowed.
+
+    Raises:
+        UserError: They do.
+    """
+    if size > limit_bytes:
+        raise UserError(
+            f"the source states would take {_amount(size)}, and {_amount(limit_bytes)} are allowed",
+            where=where,
+            remedy="raise fusion.cache_limit (GB), or compute them at every step: fusion.cache=false",
+        )
 
 
 def _check_room(folder: Path, size: int) -> None:

@@ -29,7 +29,7 @@ FIRST = "stage1"
 TENSORS = "fusion.safetensors"
 Kind = Literal["lora", "fused", "fused-mt", "mixup"]
 Form = Literal["alone", "beside", "concatenated", "itself"]
-"""What is read of an item's counterpart: none of it, its states or text beside the item, both texts as one input, the item itself."""
+"""What is read of counterparts: nothing, their states beside the item, both texts as one input, or the item itself as its own."""
 _FORMS: dict[Kind, Form] = {"lora": "alone", "fused": "beside", "fused-mt": "itself", "mixup": "beside"}
 
 
@@ -80,7 +80,12 @@ class SecondStage:
 
     def notes(self) -> dict[str, Any]:
         """What the sidecar says."""
-        found: dict[str, Any] = {"kind": self.kind, "form": self.reads, "language": self.language, "stage1": self.digest}
+        found: dict[str, Any] = {
+            "kind": self.kind,
+            "form": self.reads,
+            "language": self.language,
+            "stage1": self.digest,
+        }
         if self.source:
             found["source"] = self.source
         if self.fusion is not None:

@@ -12,7 +12,7 @@ from lingraft.batching import Counterpart, TokenSequence
 from lingraft.config import FusionConfig
 from lingraft.fusion.attaching import fused_modules, name_of
 from lingraft.fusion.cache import Request, size_of, write_states
-from lingraft.fusion.sources import align, evaluating, points, states_of
+from lingraft.fusion.sources import Point, align, evaluating, points, states_of
 
 _BATCH = 4096
 """Padded tokens that are read at once."""
@@ -41,6 +41,20 @@ def _read(sequence: Any) -> list[tuple[Counterpart | None, int]]:
     if hasattr(sequence, "rows"):
         return [(row.source, len(row.ids)) for row in sequence.rows]
     return [(sequence.counterpart, len(sequence.source))]
+
+
+def states_size(backbone: Backbone, sequences: Sequence[Any], fusion: FusionConfig) -> int:
+    """Bytes that the source states of a training take; the base model alone tells, before there is a first stage."""
+    with evaluating(backbone.model):
+        places, width = _places(backbone, fusion)
+    return size_of(requests_of(sequences, fusion), len(set(places.values())), width)
+
+
+def _places(backbone: Backbone, fusion: FusionConfig) -> tuple[dict[str, Point], int]:
+    """Where every fused layer has its source states from, and how wide these are."""
+    modules = fused_modules(backbone, fusion)
+    found = points(backbone, modules, offset=fusion.layer_offset, normalised=fusion.normalize_source)
+    return found, int(backbone.model.get_submodule(modules[0]).in_features)  # pyright: ignore[reportArgumentType]
 
 
 def store_states(
@@ -75,10 +89,8 @@ def store_states(
     """
     wanted = requests_of(sequences, fusion)
     with backbone.merged(first), evaluating(backbone.model):
-        modules = fused_modules(backbone, fusion)
-        found = points(backbone, modules, offset=fusion.layer_offset, normalised=fusion.normalize_source)
+        found, width = _places(backbone, fusion)
         places = list(dict.fromkeys(found.values()))
-        width = int(backbone.model.get_submodule(modules[0]).in_features)  # pyright: ignore[reportArgumentType]
 
         def compute(batch: Sequence[Request]) -> Sequence[Sequence[torch.Tensor]]:
             rows = [Counterpart(request.ids, request.types) for request in batch]

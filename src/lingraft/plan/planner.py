@@ -89,7 +89,9 @@ class Planner:
             *self.selections.values(),
             *(step for c in cells for step in (c.score, c.adapter) if step),
         ]
-        steps = ordered(ends)
+        # Translations first: a language that their model does not know is said before the first training.
+        translations = [step for step in self._steps.values() if step.kind == "translate"]
+        steps = ordered([*translations, *ends])
         _check_apart(steps, experiment.task)
         return Plan(experiment, steps, tuple(cells), self.selections, comparisons, tuple(absent))
 
@@ -352,20 +354,26 @@ class Planner:
         prompt: str,
         choosing: bool = False,
         beside: Given | None = None,
+        max_length: int | None = None,
     ) -> Step:
         """Predictions of the base, an adapter, or a graft merged in memory; for choosing λ, on fewer items and cheaper."""
         config, reads = self._asked(graft, language, split, choosing, prompt)
-        config |= self._scoring(prompt, choosing)
+        config |= self.scoring(prompt, choosing)
+        if max_length is not None:
+            config["max_length"] = max_length
         if beside is not None:
             config.update(beside.config)
             reads.update(beside.reads)
             inputs = {**inputs, **beside.inputs}
-        sample = self.experiment.evaluation.written_limit
-        if config["scoring"] == "generation" and sample is not None:
-            config["limit"] = min(sample, config["limit"] or sample)
+        config["limit"] = self.at_most(config["limit"], config["scoring"])
         return self.step("predict", config, inputs, reads, f"predict {label} {language} {split}")
 
-    def _scoring(self, prompt: str, choosing: bool) -> dict[str, Any]:
+    def at_most(self, limit: int | None, scoring: str) -> int | None:
+        """How many items are asked where so many are wanted: fewer where the model writes its answers."""
+        sample = self.experiment.evaluation.written_limit
+        return limit if scoring != "generation" or sample is None else min(sample, limit or sample)
+
+    def scoring(self, prompt: str, choosing: bool = False) -> dict[str, Any]:
         """By what answers are judged: candidates by their likelihood where that can be, else what is written."""
         evaluation, task = self.experiment.evaluation, self.task
         likelihood = task.kind == "choice" and not task.prompt(prompt).generate
@@ -487,7 +495,15 @@ class Planner:
         label = row.name if adapter is None else f"{row.name} seed {seed}"
         split, prompt = self.experiment.evaluation.split, row.prompt or self.experiment.prompt
         prediction = self.prediction(
-            inputs, None, language, split, label, prompt=prompt, beside=self.two.beside(row, language, split)
+            inputs,
+            None,
+            language,
+            split,
+            label,
+            prompt=prompt,
+            beside=self.two.beside(row, language, split),
+            # Two texts in one input may need more room than one, when learned from and when asked.
+            max_length=self.experiment.fusion_values.max_length if row.adapter == "second" else None,
         )
         return Cell(row.name, language, seed, prediction, self.scores(prediction), adapter)
 
@@ -563,7 +579,7 @@ def characters(experiment: Experiment, steps: Sequence[Step]) -> dict[str, int]:
         if "reference" in config or "projected" in config:
             if experiment.reference.text:
                 path = reference_path(experiment.reference, config["language"], experiment.data_dir)
-        elif "split" in config and data_dir is not None:
+        elif "split" in config and data_dir is not None and step.kind != "translate":
             task = find_task(config["task"]["task"], experiment.tasks)
             path = getattr(task.source(config["language"], config["split"], data_dir), "path", None)
         if path is not None:

@@ -9,7 +9,7 @@ from lingraft.config import BackboneConfig, Experiment, FusionConfig
 from lingraft.digests import digest_file
 from lingraft.errors import ConfigError, DataError
 from lingraft.fusion.stages import second_adapter
-from lingraft.locating import locate
+from lingraft.locating import Located, locate
 from lingraft.methods import Method, method
 from lingraft.plan.steps import Plain, Step
 
@@ -42,22 +42,29 @@ class TwoLanguages:
 
     def beside(self, row: Method, language: str, split: str) -> Given:
         """What a method reads beside an item of a language: its counterpart in the source language, or nothing."""
-        if row.reads == "alone":
-            return Given()
-        if row.reads == "itself":
-            return Given({"counterpart": {"form": "itself"}})
         source, settings = self.experiment.source, self.experiment.translation
-        config: dict[str, Any] = {"form": row.reads, "language": source}
-        if settings.missing != "error":
-            config["missing"] = settings.missing
+        if language == source:
+            # What is in the source language already needs no counterpart: it is its own.
+            return Given()
+        config = self._counterpart(row)
+        if row.reads in ("alone", "itself"):
+            return Given(config)
         if not self._translated(split):
-            return Given({"counterpart": config}, {}, {"counterpart_rows": self._rows(source, split)})
+            return Given(config, {}, {"counterpart_rows": self._rows(source, split)})
         if settings.files is not None:
-            return Given({"counterpart": config}, {}, self._file("counterpart_rows", language, source, split))
-        return Given(
-            {"counterpart": config},
-            {"counterparts": self.translation(language, source, split, answers=row.reads == "instead")},
-        )
+            return Given(config, {}, self._file("counterpart_rows", language, source, split))
+        # Of a counterpart only what is asked is read, so that all methods share one translation.
+        return Given(config, {"counterparts": self.translation(language, source, split, answers=False)})
+
+    def _counterpart(self, row: Method) -> dict[str, Any]:
+        """What a step's configuration says of the counterparts that a method reads."""
+        if row.reads == "alone":
+            return {}
+        if row.reads == "itself":
+            return {"counterpart": {"form": "itself"}}
+        missing = self.experiment.translation.missing
+        more = {"missing": missing} if missing != "error" else {}
+        return {"counterpart": {"form": row.reads, "language": self.experiment.source, **more}}
 
     def second_stage(self, row: Method, language: str, seed: int) -> Step:
         """The adapter of a second stage: trained in a target language on top of the first."""
@@ -78,18 +85,17 @@ class TwoLanguages:
             if row.function is None
             else experiment.fusion.model_copy(update={"function": row.function})
         )
-        beside, adapter = self.beside(row, language, "train"), second_adapter(experiment.adapter, fusion)
-        inputs: dict[str, Step] = {"stage1": first, **beside.inputs}
-        reads = dict(beside.reads)
+        adapter = second_adapter(experiment.adapter, fusion)
+        inputs: dict[str, Step] = {"stage1": first}
+        reads: dict[str, str] = {}
         if not self._translated("train"):
             reads["rows"] = self._rows(language, "train")
         elif settings.files is not None:
             reads |= self._file("rows", experiment.source, language, "train")
         else:
             inputs["items"] = self.translation(experiment.source, language, "train", answers=True)
-        if self._translated("train") and row.reads not in ("alone", "itself"):
-            # The original of a translated item is its counterpart.
-            inputs.pop("counterparts", None)
+        if row.reads not in ("alone", "itself"):
+            # Translated or aligned: the counterpart of an item that is learned from is the source's own.
             reads["counterpart_rows"] = self._rows(experiment.source, "train")
         second: dict[str, Any] = {"kind": row.second}
         if row.second in ("fused", "fused-mt"):
@@ -101,7 +107,7 @@ class TwoLanguages:
             "language": language,
             "split": "train",
             "second": second,
-            **beside.config,
+            **self._counterpart(row),
             **({} if prompt == "default" else {"prompt": prompt}),
             **planner.head(task),
         }
@@ -109,7 +115,7 @@ class TwoLanguages:
         if fusion.cache and row.second == "fused":
             inputs["states"] = self.states(fusion, what, inputs, reads, label)
         if row.second == "fused-mt":
-            reads["encoder"] = _model_digest(fusion.encoder, fusion.encoder_revision)
+            reads["encoder"] = _model(fusion.encoder, fusion.encoder_revision).digest
         return planner.training_step(what, experiment.fusion_values, seed, inputs, reads, label, adapter)
 
     def states(self, fusion: FusionConfig, what: Plain, inputs: Mapping[str, Step], reads: Plain, label: str) -> Step:
@@ -146,15 +152,16 @@ class TwoLanguages:
         }
         if (limit := self._limit(split)) is not None:
             config["limit"] = limit
-        reads = {"rows": self._rows(language, split), "model": _model_digest(model, settings.revision)}
+        reads = {"rows": self._rows(language, split), "model": _model(model, settings.revision).digest}
         return planner.step("translate", config, {}, reads, f"translate {planner.task.name} {language}-{into} {split}")
 
     def _limit(self, split: str) -> int | None:
         """How many items are needed of a split: no more of them are translated."""
-        experiment = self.experiment
+        experiment, planner = self.experiment, self.planner
         if split == "train":
             return experiment.fusion_values.limit
-        return experiment.evaluation.limit or self.planner.task.sample.get(split)
+        wanted = experiment.evaluation.limit or planner.task.sample.get(split)
+        return planner.at_most(wanted, planner.scoring(experiment.prompt)["scoring"])
 
     def _translated(self, split: str) -> bool:
         settings = self.experiment.translation
@@ -179,10 +186,13 @@ class TwoLanguages:
         return {name: digest_file(path)}
 
     def _fusion_key(self, fusion: FusionConfig, row: Method) -> dict[str, Any]:
-        names = {"cache", "cache_limit", "encoder_revision"}
         if row.second != "fused-mt":
-            names.add("encoder")
-        return fusion.key(*names)
+            return fusion.key("cache", "cache_limit", "encoder", "encoder_revision")
+        # The commit that was found is the one to train with, and to ask with later.
+        commit = _model(fusion.encoder, fusion.encoder_revision).config.revision
+        if commit is None:
+            return fusion.key("cache", "cache_limit", "encoder_revision")
+        return fusion.model_copy(update={"encoder_revision": commit}).key("cache", "cache_limit")
 
 
 def translated_file(experiment: Experiment, data_dir: Path | None, language: str, into: str, split: str) -> Path:
@@ -193,6 +203,6 @@ def translated_file(experiment: Experiment, data_dir: Path | None, language: str
     return (data_dir or Path()) / path
 
 
-def _model_digest(model: str, revision: str | None) -> str:
-    """The digest of a model beside the backbone, its commit resolved."""
-    return locate(BackboneConfig(model=model, revision=revision)).digest
+def _model(model: str, revision: str | None) -> Located:
+    """A model beside the backbone, its commit resolved."""
+    return locate(BackboneConfig(model=model, revision=revision))

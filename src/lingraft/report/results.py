@@ -16,6 +16,8 @@ from lingraft.significance import mean_interval, paired_test, statistic_interval
 from lingraft.store import read_json
 
 BASELINE, CEILING = "eng-ft", "tgt-ft"
+UNFUSED = "translate-train"
+"""What second stages are measured against: the same training, in which nothing is mixed."""
 FORMAT = 2
 """Of the manifest."""
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -30,7 +32,8 @@ def results(run: Path) -> dict[str, Any]:
     Returns:
         `metric`, what a `value` is; `languages`, `methods` (per method: per language, `average` over all targets that have data and
         over each of the `groups`, with `value`, difference to Eng-FT with interval and p, gap closed, and below `also` every
-        other figure), `selections` (per method, for all targets or per target), `references`, `absent`, and the experiment.
+        other figure), `selections` (per method, for all targets or per target), `references`, `absent`, and the experiment. Second stages have their
+        difference to the one without fusion below `against_unfused`.
 
     Raises:
         UserError: This is not a run, or it is not finished.
@@ -102,7 +105,7 @@ def _with_data(experiment: dict[str, Any], languages: set[str]) -> dict[str, Any
 
 def _adapters(manifest: dict[str, Any], store: Path) -> list[dict[str, Any]]:
     names = {c["method"] for c in manifest["cells"]}
-    grafts = {name for name in names if method(name).adapter == "graft" and not name.startswith("control")}
+    made = {name for name in names if method(name).adapter in ("graft", "second") and not name.startswith("control")}
     return [
         {
             "method": c["method"],
@@ -111,7 +114,7 @@ def _adapters(manifest: dict[str, Any], store: Path) -> list[dict[str, Any]]:
             "path": os.path.normpath(store / c["adapter"]),
         }
         for c in manifest["cells"]
-        if c["method"] in grafts
+        if c["method"] in made and c["adapter"]
     ]
 
 
@@ -237,24 +240,35 @@ def _against_baseline(name: str, languages: Sequence[str], right: Answered) -> d
     """Difference to Eng-FT with interval and p, and the gap closed where Tgt-FT exists; always of the same seeds."""
     if name == BASELINE or any((m, t) not in right for m in (name, BASELINE) for t in languages):
         return {}
-    seeds = right[name, languages[0]].seeds if method(name).adapter != "none" else None
-    pair = _aligned([(name, None), (BASELINE, seeds)], languages, right)
-    if pair is None:
-        # Items that are not translations of each other: languages cannot be resampled together.
+    n, seeds = len(languages), right[name, languages[0]].seeds if method(name).adapter != "none" else None
+    found = _difference(name, BASELINE, languages, right)
+    if not found:
         return {}
-    n = len(languages)
-    differences = pair[:, :n] - pair[:, n:]
-    found: dict[str, Any] = {
-        "difference": float(differences.mean()),
-        "difference_interval": list(mean_interval(differences)),
-        "p": paired_test(differences),
-    }
+    if method(name).adapter == "second" and name != UNFUSED and all((UNFUSED, t) in right for t in languages):
+        found["against_unfused"] = _difference(name, UNFUSED, languages, right)
     if name != CEILING and method(name).adapter != "none" and all((CEILING, t) in right for t in languages):
         ceiling = right[CEILING, languages[0]].seeds
         four = _aligned([(name, None), (BASELINE, seeds), (CEILING, None), (BASELINE, ceiling)], languages, right)
         if four is not None:
             found["gap_closed"] = _gap_closed(four, n)
     return found
+
+
+def _difference(name: str, other: str, languages: Sequence[str], right: Answered) -> dict[str, Any]:
+    """How a method differs from another of the same seeds; nothing where languages hold items of their own.
+
+    Items that are not translations of each other cannot be resampled together.
+    """
+    seeds = right[name, languages[0]].seeds if method(name).adapter != "none" else None
+    pair = _aligned([(name, None), (other, seeds)], languages, right)
+    if pair is None:
+        return {}
+    differences = pair[:, : len(languages)] - pair[:, len(languages) :]
+    return {
+        "difference": float(differences.mean()),
+        "difference_interval": list(mean_interval(differences)),
+        "p": paired_test(differences),
+    }
 
 
 def _gap_closed(columns: Array, n: int) -> dict[str, Any]:

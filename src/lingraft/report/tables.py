@@ -98,8 +98,16 @@ def average_table(found: dict[str, Any], group: str | None = None) -> Table:
         average = method["average"] if group is None else method["groups"][group]
         shown = _with_interval(average) if average else "–"
         p = p_value((average or {}).get("p"))
-        rows.append([method["title"], shown, _difference(average), p, _gap(average)])
-    return ["method", f"average of {group or 'targets'}", "against Eng-FT", "p", "gap closed"], rows
+        unfused = (average or {}).get("against_unfused") or {}
+        more = [_difference(unfused), p_value(unfused.get("p"))] if unfused else ["", ""]
+        rows.append([method["title"], shown, _difference(average), p, _gap(average), *more])
+    header = ["method", f"average of {group or 'targets'}", "against Eng-FT", "p", "gap closed"]
+    fused = any(row[-2] for row in rows)
+    closed = any(row[4] not in ("", "–") for row in rows)
+    # Columns that would be empty all the way down are left out.
+    kept = [0, 1, 2, 3, *([4] if closed or not fused else []), *([5, 6] if fused else [])]
+    header = [*header, "against LoRA", "p"]
+    return [header[n] for n in kept], [[row[n] for n in kept] for row in rows]
 
 
 def average_tables(found: dict[str, Any]) -> list[Table]:
