@@ -12,7 +12,7 @@ from lingraft.languages import name_of
 from lingraft.locating import Located, architecture_of
 from lingraft.methods import Method, method
 from lingraft.plan.steps import Cell, Plain, Plan, Step, ordered
-from lingraft.plan.two_languages import Given, TwoLanguages
+from lingraft.plan.two_languages import Given, TwoLanguages, original, texts_of
 from lingraft.protocols import PAPER
 from lingraft.serving import check_served, served_head
 from lingraft.tasks.reference import reference_path, reference_text
@@ -581,8 +581,9 @@ def characters(experiment: Experiment, steps: Sequence[Step]) -> dict[str, int]:
                 path = reference_path(experiment.reference, config["language"], experiment.data_dir)
         elif "split" in config and data_dir is not None and step.kind != "translate":
             task = find_task(config["task"]["task"], experiment.tasks)
-            path = getattr(task.source(config["language"], config["split"], data_dir), "path", None)
+            path = getattr(task.source(original(experiment, step), config["split"], data_dir), "path", None)
         if path is not None:
             size = len(path.read_text(encoding="utf-8", errors="replace"))
-            sizes[step.key] = int(size * (config["training"]["epochs"] if step.kind == "train" else 1))
+            times = config["training"]["epochs"] if step.kind == "train" else 1
+            sizes[step.key] = int(size * times * texts_of(step))
     return sizes

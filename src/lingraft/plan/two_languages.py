@@ -195,6 +195,18 @@ class TwoLanguages:
         return fusion.model_copy(update={"encoder_revision": commit}).key("cache", "cache_limit")
 
 
+def original(experiment: Experiment, step: Step) -> str:
+    """The language in which a step's items were first written: translations are about as long."""
+    settings = experiment.translation
+    in_files = settings.files is not None and "train" in settings.splits and {"second", "places"} & set(step.config)
+    return experiment.source if "items" in step.inputs or in_files else step.config["language"]
+
+
+def texts_of(step: Step) -> int:
+    """How many texts a step reads of every item."""
+    return 2 if step.config.get("counterpart", {}).get("form") in ("beside", "concatenated") else 1
+
+
 def translated_file(experiment: Experiment, data_dir: Path | None, language: str, into: str, split: str) -> Path:
     """Where a file of translated rows lies."""
     path = experiment.translation.files or ""
