@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lingraft import encoding, generation, likelihood, transduction
 from lingraft.adapter import Adapter
 from lingraft.backbones import Backbone
-from lingraft.batching import TokenSequence, answer_sequences
+from lingraft.batching import Counterpart, TokenSequence, answer_sequences
 from lingraft.config import FUSION_FUNCTIONS, AdapterConfig, BackboneConfig, FusionConfig, MixupConfig, TrainingConfig
 from lingraft.errors import AdapterError
 from lingraft.evaluation import Asking, ask, predict
@@ -134,6 +134,43 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
     for causal in (False, True):
         attended = Attended(there, causal=causal)
         assert torch.autograd.gradcheck(lambda s, t, attended=attended: module(s, t, attended), (s, t))
+
+
+@pytest.mark.parametrize("function", FUSION_FUNCTIONS)
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_gradients_of_the_whole_layer_are_those_of_finite_differences(
+    tmp_path: Path, stages: Any, architecture: str, function: str
+) -> None:
+    """A, B and what cross-attention adds, through source and target at once, along random directions, in float64."""
+    folder = save_tiny_model(tmp_path, architecture)
+    backbone = Backbone(locate(BackboneConfig(model=str(folder), dtype="float32", device="cpu")))
+    adapter = Adapter.load(stages(architecture, FUSION.model_copy(update={"function": function})))
+    adapter = replace(adapter, sidecar={k: v for k, v in adapter.sidecar.items() if k != "backbone"})
+    with with_adapter(backbone, adapter) as wrapped:
+        wrapped.double()
+        parameters = [p for n, p in wrapped.named_parameters() if "lora_" in n or n.startswith("fusion.")]
+        for parameter in parameters:
+            parameter.requires_grad_()
+        one, two = torch.tensor([[5, 9, 7, 11, 6]]), Counterpart((8, 6, 12, 10), (0, 0, 0, 0))
+
+        def value() -> torch.Tensor:
+            with fusing(backbone, [two], [4], written=[1]):
+                states = backbone.model.base_model(input_ids=one, attention_mask=torch.ones_like(one)).last_hidden_state
+            return states.sin().sum()
+
+        value().backward()
+        generator = torch.Generator().manual_seed(0)
+        direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+        slope = sum(float((p.grad * d).sum()) for p, d in zip(parameters, direction, strict=True) if p.grad is not None)
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for parameter, way in zip(parameters, direction, strict=True):
+                    parameter += sign * 1e-4 * way
+                ends.append(float(value()))
+                for parameter, way in zip(parameters, direction, strict=True):
+                    parameter -= sign * 1e-4 * way
+    assert slope == pytest.approx((ends[0] - ends[1]) / 2e-4, rel=1e-4)
 
 
 def test_the_functions_by_hand() -> None:
