@@ -164,7 +164,15 @@ class Adapter:
         return target
 
     def write(self, folder: Path, provenance: Mapping[str, Any] | None = None) -> None:
-        """Writes the adapter's files into a folder that exists, one site at a time."""
+        """Writes the adapter's files into a folder that exists, one site at a time.
+
+        Raises:
+            AdapterError: It is a second stage, which is more than its own files; or a number came out as NaN or infinite.
+        """
+        if "second" in self.sidecar:
+            raise AdapterError(
+                "a second stage is more than its own tensors", where=self.path, remedy="copy its whole folder instead"
+            )
         specs, encoded = self.files.encode(self.layout, self.read, self.dtype)
         announced = list(specs)
         rest = {name: read() for name, read in sorted(self.others.items())}

@@ -16,12 +16,12 @@ from lingraft.predictions import read_generated, read_predictions
 from lingraft.protocols import PAPER_TARGETS
 from lingraft.store import read_json, write_json
 from tests.conftest import save_tiny_model
-from tests.integration.tiny_data import PARALLEL, write_all
+from tests.integration.tiny_data import PARALLEL, TRANSLATED, write_all
 
 ROOT = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(
     path.relative_to(ROOT).with_suffix("").as_posix()
-    for folder in ("adamergex", "gemma3-270m")
+    for folder in ("adamergex", "flare", "gemma3-270m")
     for path in (ROOT / folder).glob("*.yaml")
 )
 ARCHITECTURES = {
@@ -29,15 +29,22 @@ ARCHITECTURES = {
     "FacebookAI/xlm-roberta-base": "xlm-roberta",
     "google-t5/t5-base": "t5",
     "google/mt5-base": "mt5",
+    "FacebookAI/xlm-roberta-large": "xlm-roberta",
+    "google/mt5-xl": "mt5",
+    "meta-llama/Llama-3.1-8B": "llama",
+    "google/gemma-2-9b": "gemma2",
     "demo": "gemma3_text",
 }
 CHANGES: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
+    "gemma2": {"max_position_embeddings": 2048, "head_dim": 8, "sliding_window": 64},
     "gemma3_text": {"max_position_embeddings": 2048, "head_dim": 8, "sliding_window": 64},
 }
 TARGETS = {"xcopa": "sw th", "xnli": "fr th de", "mgsm": "sw th", "xquad": "de th", "xlsum": "sw th"}
-"""Targets of every task of the paper; the first two are taken, of those that are not the source."""
-METRICS = {"xquad": "exact match", "xquad-tydiqa": "exact match", "xlsum": "ROUGE-L"}
+"""Targets of every task of the AdaMergeX paper; the first two are taken, of those that are not the source."""
+FUSED = {"xnli": "[fr, th]", "tydiqa": "[sw, te]", "nusax": "[jv, min]"}
+"""Targets of every task of the FLARE paper."""
+METRICS = dict.fromkeys(("xquad", "xquad-tydiqa", "tydiqa"), "exact match") | {"xlsum": "ROUGE-L"}
 FIGURES = {"exact match": "exact_match", "ROUGE-L": "rouge_l", "accuracy": "accuracy"}
 
 SECOND = [
@@ -53,6 +60,7 @@ SECOND = [
     ("adamergex/xlmr-prefix", "xquad"),
     ("adamergex/t5-lora", "xcopa"),
     ("adamergex/mt5-lora", "xlsum"),
+    *((f"flare/{model}", task) for model in ("xlmr-large", "mt5-xl", "llama3.1-8b") for task in ("tydiqa", "nusax")),
 ]
 QUICK = {
     ("adamergex/llama2-lora", None),
@@ -60,8 +68,11 @@ QUICK = {
     ("adamergex/xlmr-lora", None),
     ("adamergex/t5-lora", None),
     ("gemma3-270m/mgsm", None),
+    ("flare/xlmr-large", None),
+    ("flare/mt5-xl", "tydiqa"),
+    ("flare/llama3.1-8b", None),
 }
-"""Those that run with every change: the main comparison, an encoder, an encoder-decoder, extraction and generation."""
+"""Those that run with every change: the main comparisons, an encoder, an encoder-decoder, extraction and generation."""
 PAIRS = [(name, None) for name in RECIPES] + SECOND
 
 
@@ -77,7 +88,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(name: str) -> Path:
-    return (ROOT / name).with_suffix(".yaml")
+    return ROOT / f"{name}.yaml"
 
 
 def overrides(name: str, task: str | None, models: Path) -> list[str]:
@@ -104,15 +115,27 @@ def overrides(name: str, task: str | None, models: Path) -> list[str]:
         changed.append(f"targets=[{', '.join(targets[:2])}]")
     if asked.task == "xquad-tydiqa" and asked.protocol == "paper":
         changed.append("development=[ar, ru]")  # Its validation items are in other languages than the paper's.
+    if name.startswith("flare/"):
+        changed += two_languages(asked, folder)
     if asked.reference_training is not None:
         changed += [
             "reference_training.epochs=0.5",
             "reference_training.batch_size=4",
             f"reference_training.max_length={length}",
         ]
-    if not asked.reference.labelled:
+    if not asked.reference.labelled and asked.reference.task != "none":
         small = {"segment_tokens": 48, "max_segments": 6}
         changed += [f"reference.{key}={value}" for key, value in {"hub": "null", "text": PARALLEL, **small}.items()]
+    return changed
+
+
+def two_languages(asked: Experiment, folder: Path) -> list[str]:
+    """Two targets, and counterparts from files instead of a translation model."""
+    tydiqa = asked.task == "tydiqa"
+    changed = [f"targets={FUSED[asked.task]}", "translation.model=null", "seeds=[0]", f"fusion.encoder={folder}"]
+    if tydiqa:  # Its languages have items of their own.
+        kept = ", ".join(name for name in asked.methods if name != "translate-test")
+        changed += [f"translation.files={TRANSLATED}", "translation.missing=skip", f"methods=[{kept}]"]
     return changed
 
 
@@ -192,10 +215,11 @@ def check_answers(out: Path, asked: Experiment) -> None:
     """What the models said is there to be read back, item by item and method by method."""
     manifest = read_json(out / "manifest.json")
     store = out / manifest["store"]
-    heads = "xlm" in asked.backbone.model and asked.task != "xquad"
+    extracts = asked.task in ("xquad", "tydiqa")
+    heads = "xlm" in asked.backbone.model and not extracts
     for cell in manifest["cells"]:
         written = not heads and read_json(store / cell["predict"] / "step.json")["config"]["scoring"] == "generation"
-        if written or asked.task == "xquad":
+        if written or extracts:
             said = read_generated(store / cell["predict"])
             assert all(item.text is not None and item.references for item in said)
         else:
@@ -273,6 +297,26 @@ def test_the_cost_of_a_recipe_is_known_before_it_is_begun(name: str, data: Path,
     # What asks the hub for a commit is unresolved offline; nothing else is.
     assert bool(found["unresolved"]) == (not files)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("wide")
+def test_the_disk_that_source_states_would_take_is_known_before_they_are_computed(tmp_path: Path) -> None:
+    """XNLI's, of all items and layers: more than a terabyte; computed at every step they take none."""
+    words = [
+        "run",
+        recipe("flare/xlmr-large"),
+        "methods=[flare]",
+        "targets=[sw]",
+        "seeds=[0]",
+        "--out",
+        tmp_path / "run",
+    ]
+    known = [json.loads(done(*words, f"fusion.cache={on}", "--dry-run", "--json").stdout) for on in ("false", "true")]
+    assert known[0]["cost"]["disk"] == 0 and 1e12 < known[1]["cost"]["disk"] < 1e13
+    assert [found["cost"]["steps"].get("states", {}).get("count", 0) for found in known] == [0, 1]
+    assert known[1]["cost"]["steps"]["train"]["flops"] < known[0]["cost"]["steps"]["train"]["flops"]
+    # Both translate: the training items into Swahili, the test items into English.
+    assert all(found["cost"]["steps"]["translate"]["count"] == 2 for found in known)
 
 
 @pytest.fixture(scope="module")

@@ -301,6 +301,12 @@ def test_a_wrong_first_stage_is_refused(
     shutil.rmtree(swapped / "stage1")
     assert "the first stage of this adapter is missing" in refused(*ask)
     assert "(missing)" in lingraft("inspect", swapped).stdout
+    sidecar = json.loads((swapped / "lingraft.json").read_text())
+    shutil.copytree(second("fused") / "stage1", swapped / "stage1")
+    (swapped / "lingraft.json").write_text(json.dumps({**sidecar, "second": {**sidecar["second"], "form": "behind"}}))
+    assert "what the second stage is cannot be read" in refused(*ask)
+    (swapped / "lingraft.json").write_text(json.dumps(sidecar))
+    shutil.rmtree(swapped / "stage1")
     shutil.copytree(second("lora"), swapped / "stage1")
     assert "another one than this adapter was trained on" in refused(*ask)
     there = done("inspect", swapped)["adapters"][0]["first_stage"]

@@ -22,8 +22,10 @@ from lingraft.fusion import attaching, cache
 from lingraft.locating import locate
 from lingraft.plan import Plan, Step, make_plan
 from lingraft.report.results import results
+from lingraft.report.tables import markdown
 from lingraft.runner import Events, estimates, run
 from lingraft.store import Store, read_json
+from lingraft.tasks.translating import ROW
 from tests.conftest import save_tiny_model
 from tests.integration.test_pipeline import contents
 from tests.unit.test_fusion_translators import save_nllb
@@ -63,6 +65,7 @@ SERVED = (
     "eng-ft", "translate-test", "translate-train", "input-fusion", "flare", "'flare:mul'", "'flare:cross_attention'",
     "flare-mt", "flare-graft",
 )  # fmt: skip
+CACHED = "fusion.cache=true"
 READING = ("translate-test", "input-fusion", "x-mixup", "flare", "flare:mul", "flare:cross_attention", "flare-graft")
 """The methods that read the counterpart when asked."""
 
@@ -230,7 +233,7 @@ def test_an_interrupted_second_stage_goes_on_to_the_same_bytes(
     at: list[Step] = []
 
     def stop(done: int, total: int, note: str) -> None:
-        if "second" in at[-1].config and done == 3:
+        if at and "second" in at[-1].config and done == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted, match="run the same command again"):
@@ -258,7 +261,7 @@ def test_a_run_killed_in_a_second_stage_ends_in_the_same_bytes(
         "training.train.__kwdefaults__['checkpoint_seconds'] = 0.0\n"
         "at = []\n"
         "def kill(done, total, note):\n"
-        "    if 'flare-mt' in at[-1] and at[-1].startswith('train') and done == 3:\n"
+        "    if at and 'flare-mt' in at[-1] and at[-1].startswith('train') and done == 3:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "path = Path(sys.argv[1])\n"
         "run(load_experiment(path), path.parent / 'out',\n"
@@ -321,7 +324,10 @@ def test_items_are_translated_once_for_all_methods_and_only_as_many_as_are_neede
     path = write_experiment(tmp_path, models["encoder"], nllb, TRANSLATED)
     # There is no training data in the target language: that is what translation is for.
     (tmp_path / "data/sw/train.jsonl").unlink()
-    overrides = with_model(nllb, "training.limit=6", "evaluation.limit=5")
+    overrides = with_model(nllb, "training.limit=6", "evaluation.limit=5", "fusion.cache=true")
+    before = planned(path, overrides)
+    waiting = estimates(before, Store(tmp_path / "store"), locate(before.experiment.backbone))
+    assert waiting["steps"]["translate"] == {"pending": 2, "finished": 0} and waiting["cost"] is not None
     plan, labels = ran(path, overrides)
     steps = {s.label: s for s in plan.steps if s.kind == "translate"}
     assert set(steps) == {"translate kind en-sw train", "translate kind sw-en test"}
@@ -466,6 +472,29 @@ def test_unaligned_data_need_translations(models: dict[str, Path], tmp_path: Pat
     assert not (tmp_path / "store").exists()
 
 
+# What a backbone has not
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "overrides", "match"),
+    [
+        ("encoder", "flare", ["fusion.modules=attention.nothing"], "no module is called 'attention.nothing'"),
+        ("encoder", "x-mixup", ["mixup.layer=7"], "there is no layer 7 to mix in"),
+        ("decoder", "flare", ["fusion.modules=all"], "states of different widths"),
+        ("decoder", "flare", ["fusion.modules=all", CACHED], "states of different widths"),
+        ("decoder", "flare-mt", ["fusion.modules=all"], "states of different widths"),
+        ("encoder-decoder", "flare", ["fusion.modules=feed_forward", "fusion.layer_offset=1"], "different widths"),
+    ],
+)
+def test_layers_that_cannot_be_fused_are_said_before_the_first_training(
+    kind: str, method: str, overrides: list[str], match: str, models: dict[str, Path], nllb: Path, tmp_path: Path
+) -> None:
+    path = write_experiment(tmp_path, models[kind], nllb, ("eng-ft", method))
+    with pytest.raises(UserError, match=match):
+        ran(path, overrides)
+    assert not (tmp_path / "store").exists()
+
+
 # Files of translations
 
 
@@ -514,6 +543,33 @@ def test_what_does_not_fit_is_said_before_the_first_training(
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_rows_without_ids_are_told_apart_by_their_numbers(told: bool, models: dict[str, Path], tmp_path: Path) -> None:
+    path = with_files(tmp_path, models["encoder"], ("translate-test",))
+    path.write_text(path.read_text().replace("    id_field: id\n", "", 1))
+    file = tmp_path / "data/mt/sw-en.test.jsonl"
+    found = written(file)[::-1]
+    if told:  # In another order, but every row says which it translates.
+        write(file, [{**row, ROW: str(number)} for number, row in enumerate(found)][::-1])
+    else:
+        write(file, found)
+    overrides = [FILES, "evaluation.source=false", "training.epochs=1"]
+    (tmp_path / "aligned").mkdir()
+    aligned = write_experiment(tmp_path / "aligned", models["encoder"], None, ("translate-test",))
+    plan, _ = ran(path, overrides)
+    theirs, _ = ran(aligned, overrides[1:])
+    mine = [{k: v for k, v in row.items() if k != "id"} for row in answers(tmp_path, plan)]
+    assert mine == [{k: v for k, v in row.items() if k != "id"} for row in answers(aligned.parent, theirs)]
+    write(file, found[:-1])
+    with pytest.raises(DataError, match="their ids are row numbers" if not told else "cannot be paired"):
+        ran(path, [*overrides, "training.epochs=2"])
+
+
+def answers(root: Path, plan: Plan) -> list[dict[str, Any]]:
+    cell = next(c for c in plan.cells if c.method == "translate-test" and c.language == "sw")
+    return written(folder_of(root, cell.predict) / "predictions.jsonl")
+
+
 def test_a_file_that_is_not_there_is_named(models: dict[str, Path], tmp_path: Path) -> None:
     path = with_files(tmp_path, models["encoder"])
     (tmp_path / "data/mt/sw-en.test.jsonl").unlink()
@@ -530,6 +586,7 @@ def test_items_without_counterpart_may_be_left_out_and_are_counted(models: dict[
     file = tmp_path / "data/en/train.jsonl"
     write(file, written(file)[2:])
     plan, _ = ran(path, [FILES, "evaluation.source=false", "translation.missing=skip"])
+    assert "FLARE" in markdown(results(tmp_path / "out"))
     for cell in plan.cells:
         assert cell.adapter is not None
         asked = read_json(folder_of(tmp_path, cell.predict) / "step.json")
@@ -540,9 +597,6 @@ def test_items_without_counterpart_may_be_left_out_and_are_counted(models: dict[
 
 
 # Kept source states
-
-
-CACHED = "fusion.cache=true"
 
 
 def trained(root: Path, plan: Plan, method: str) -> dict[str, np.ndarray]:
@@ -583,7 +637,7 @@ def test_kept_states_are_those_that_are_computed_at_every_step(
                 np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
             else:
                 # The step of a gradient near zero may go either way: so it is the whole that is compared.
-                assert np.linalg.norm(mine[name] - theirs[name]) < 0.1 * np.linalg.norm(theirs[name]), name
+                assert np.linalg.norm(mine[name] - theirs[name]) <= 0.1 * np.linalg.norm(theirs[name]), name
         cells = [next(c for c in p.cells if c.method == method) for p in (plan, plain)]
         assert cells[0].adapter is not None and cells[1].adapter is not None
         assert cells[0].adapter.key != cells[1].adapter.key

@@ -21,6 +21,9 @@ TEXT = "text/{language}.txt"
 """Running text; parallel text, a sentence a line, is in `PARALLEL`."""
 PARALLEL = "text/ntrex128/{language}.txt"
 
+TRANSLATED = "translated/tydiqa/{from}-{to}.{split}.jsonl"
+"""TyDiQA's items in another language, which upstream does not have."""
+
 _FIRST_LETTERS = {
     "ar": 0x621,
     "bn": 0x995,
@@ -54,7 +57,7 @@ def write_all(folder: Path) -> Path:
         lines = [said(_sentence(n), language) for n in range(3 * ITEMS)]
         for pattern in (TEXT, PARALLEL):
             _write(folder / pattern.format(language=language), "\n".join(lines) + "\n")
-    for write in (_xcopa, _xnli, _mgsm, _xquad, _tydiqa, _xlsum, _nusax, _topics):
+    for write in (_xcopa, _xnli, _mgsm, _xquad, _tydiqa, _translated, _xlsum, _nusax, _topics):
         write(folder)
     return folder
 
@@ -151,11 +154,9 @@ def _questions(path: Path, language: str, numbers: Iterable[int], name: Callable
     """SQuAD's form: a paragraph a question."""
     paragraphs = []
     for n in numbers:
-        answer = said(_PLACES[n % 6], language)
-        before = said(f"{_NAMES[n // 6 % 6]} took {n} {_THINGS[n % 5]} to the ", language)
-        question = said(f"Where are the {_THINGS[n % 5]}?", language)
-        asked = {"id": name(n), "question": question, "answers": [{"text": answer, "answer_start": len(before)}]}
-        paragraphs.append({"context": before + answer + said(" by night.", language), "qas": [asked]})
+        item = _asked(n, language)
+        asked = {"id": name(n), "question": item["question"], "answers": json.loads(item["answers"])}
+        paragraphs.append({"context": item["context"], "qas": [asked]})
     document = {"version": "1.1", "data": [{"title": "made up", "paragraphs": paragraphs}]}
     _write(path, json.dumps(document, ensure_ascii=False))
 
@@ -176,6 +177,34 @@ def _tydiqa(folder: Path) -> None:
         for split, numbers in (("train", range(60)), ("dev", _numbers("test"))):
             path = folder / f"tydiqa_goldp/{name}_tydiqa_{split}.json"
             _questions(path, code, numbers, lambda n, name=name, split=split: f"{name}-{split}-{n}")
+
+
+def _translated(folder: Path) -> None:
+    """As a translation model would have written them: rows with the ids of their originals."""
+    for code in TASKS["tydiqa"].languages:
+        if code == "en":
+            continue
+        name = LANGUAGES[code].name.lower()
+        pairs = (
+            ("en", code, "train", "english-train", range(60)),
+            (code, "en", "test", f"{name}-dev", _numbers("test")),
+        )
+        for origin, language, split, prefix, numbers in pairs:
+            rows = [{"id": f"{prefix}-{n}", **_asked(n, language)} for n in numbers]
+            path = TRANSLATED.replace("{from}", origin).replace("{to}", language).replace("{split}", split)
+            _jsonl(folder / path, rows)
+
+
+def _asked(n: int, language: str) -> dict[str, str]:
+    answer, before = (
+        said(_PLACES[n % 6], language),
+        said(f"{_NAMES[n // 6 % 6]} took {n} {_THINGS[n % 5]} to the ", language),
+    )
+    return {
+        "context": before + answer + said(" by night.", language),
+        "question": said(f"Where are the {_THINGS[n % 5]}?", language),
+        "answers": json.dumps([{"text": answer, "answer_start": len(before)}], ensure_ascii=False),
+    }
 
 
 def _xlsum(folder: Path) -> None:

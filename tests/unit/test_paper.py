@@ -248,7 +248,9 @@ FLARE = Path(__file__).parents[2] / "recipes" / "flare"
 def commands(path: Path) -> list[list[str]]:
     """The words behind `lingraft run` of every command in a file; of loops, those with a value for every name."""
     text = path.read_text(encoding="utf-8")
-    for name, value in {"$task": "xnli", "$source": "th", '"merge.modules=$modules"': "merge.modules=all"}.items():
+    model = "xlmr-large" if "xlmr" in text else path.stem
+    names = {"$task": "xnli", "$source": "th", "$model": model, '"merge.modules=$modules"': "merge.modules=all"}
+    for name, value in names.items():
         text = text.replace(name, value)
     text = text.replace("$(echo $modules | tr -dc a-z)", "all")
     return [shlex.split(line) for line in re.findall(r"^[ #]+lingraft run (.+)$", text, re.MULTILINE)]
@@ -267,6 +269,25 @@ def test_commands_of_the_recipes_are_experiments(path: Path) -> None:
         assert all(method(name).name == name for name in asked.methods)
 
 
+@pytest.mark.parametrize("path", sorted(FLARE.iterdir()), ids=lambda path: path.name)
+def test_commands_of_flare_s_recipes_are_experiments_of_its_paper(path: Path) -> None:
+    """All that its README runs as it stands; NusaX is run without the languages that NLLB does not know."""
+    said = commands(path)
+    assert said
+    for recipe, *overrides in said:
+        asked = load_experiment(FLARE.parents[1] / recipe, overrides)
+        plain = asked.model_dump(mode="json")
+        assert bool(published(plain)) == (asked.task != "nusax") and asked.seeds == (0, 1, 2)
+        assert asked.prompt in TASKS[asked.task].prompts and asked.adapter.key() == asked.adapter.key() | {
+            "rank": 8,
+            "alpha": 16.0,
+            "dropout": 0.0,
+        }
+        assert not asked.fusion.normalize_source and not asked.fusion.mask_padding and asked.fusion.layer_offset == 0
+        rows = {row.method for row in published(plain)}
+        assert rows <= {method(name).name for name in rows}
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("task", FIVE)
 def test_a_recipe_is_for_any_of_the_five_tasks(path: Path, task: str) -> None:
@@ -276,13 +297,14 @@ def test_a_recipe_is_for_any_of_the_five_tasks(path: Path, task: str) -> None:
     assert asked.source != "en" or asked.development == chosen
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted([*RECIPES.glob("*.yaml"), *FLARE.glob("*.yaml")]), ids=lambda path: path.stem)
 def test_the_size_of_a_recipe_s_backbone_is_known(path: Path) -> None:
     asked = load_experiment(path)
     shape = shape_of(KNOWN[asked.backbone.model])
     assert 0 < adapter_parameters(shape, asked.adapter) < shape.parameters / 50
 
 
-def test_every_recipe_stands_in_the_readme() -> None:
-    text = (RECIPES / "README.md").read_text(encoding="utf-8")
-    assert all(f"`{path.name}`" in text for path in RECIPES.glob("*.yaml"))
+@pytest.mark.parametrize("folder", [RECIPES, FLARE], ids=lambda folder: folder.name)
+def test_every_recipe_stands_in_the_readme(folder: Path) -> None:
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{path.name}`" in text for path in folder.glob("*.yaml"))

@@ -10,6 +10,7 @@ from lingraft.config import Experiment, validated
 from lingraft.errors import ConfigError, DataError, UserError
 from lingraft.locating import Located, locate
 from lingraft.plan import Plan, characters, make_plan
+from lingraft.plan.planner import Planner
 
 LANGUAGES = ("en", "sw", "vi")
 METHODS = (
@@ -255,6 +256,35 @@ def test_the_target_needs_no_training_rows_where_they_are_translated(base: dict[
         assert all(sizes[c.adapter.key] > 0 for c in plan.cells if c.method in SECOND and c.adapter is not None)
 
 
+@pytest.mark.parametrize(
+    ("file", "lacking"),
+    [
+        ("sw/train.jsonl", dict.fromkeys(SECOND, "no labelled training data")),
+        (
+            "en/test.jsonl",
+            dict.fromkeys([*READING, "translate-test"], "no test data in English"),
+        ),
+        ("sw/dev.jsonl", {"flare-graft": "no labelled data of the reference task 'other' in Swahili"}),
+    ],
+)
+def test_missing_rows_are_an_error_and_in_a_published_table_an_empty_cell(
+    base: dict[str, Any], file: str, lacking: dict[str, str]
+) -> None:
+    (Path(base["data_dir"]) / file).unlink()
+    base = base | {"targets": ["sw"], "evaluation": {"source": False}}
+    experiment = validated(Experiment, base)
+    planner = Planner(experiment, locate(experiment.backbone))
+    planner.lenient = True
+    plan = planner.plan()
+    assert {(name, code): reason for name, code, reason in plan.absent} == {
+        (name, "sw"): reason for name, reason in lacking.items()
+    }
+    assert {c.method for c in plan.cells} == set(METHODS) - set(lacking)
+    with pytest.raises(DataError) as caught:
+        planned(base)
+    assert file.startswith("sw/dev") or "translation.model" in (caught.value.remedy or "")
+
+
 def test_two_texts_are_twice_the_work(base: dict[str, Any]) -> None:
     plan = planned(base)
     sizes = characters(plan.experiment, plan.steps)
@@ -335,7 +365,12 @@ def test_a_decoder_has_no_mixup(base: dict[str, Any]) -> None:
 
 
 def test_free_answers_are_not_asked_for_in_the_other_language(base: dict[str, Any], tmp_path: Path) -> None:
-    questions: dict[str, Any] = {"task": "xquad-articles", "tasks": {}, "reference": {}, "targets": ["de"]}
+    questions: dict[str, Any] = {
+        "task": "xquad-articles",
+        "tasks": {},
+        "reference": {"task": "none"},
+        "targets": ["de"],
+    }
     with pytest.raises(ConfigError, match="'translate-test' would answer 'xquad-articles' in the source language"):
         on_decoder(base, methods=["translate-test"], **questions)
 
@@ -366,7 +401,7 @@ def test_translations_come_from_a_model_or_from_files(base: dict[str, Any]) -> N
 
 def test_a_graft_as_first_stage_needs_what_every_graft_needs(base: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="needs a reference task"):
-        planned(base, methods=["flare-graft"], reference={})
+        planned(base, methods=["flare-graft"], reference={"task": "none"})
     with pytest.raises(ConfigError, match="needs development languages"):
         planned(base, methods=["flare-graft"], selection={})
     text = {"task": "clm", "text": "{language}.txt"}

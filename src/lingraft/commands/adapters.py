@@ -244,7 +244,8 @@ def _shown(entry: dict[str, Any]) -> list[list[str]]:
     rows = [[k, str(v)] for k, v in entry.items() if k not in hidden and v is not None]
     if (notes := entry.get("second")) is None:
         return rows
-    fusion, mixup = notes.get("fusion") or {}, notes.get("mixup")
+    unused = () if notes.get("kind") == "fused-mt" else ("encoder", "encoder_revision")
+    fusion, mixup = {k: v for k, v in (notes.get("fusion") or {}).items() if k not in unused}, notes.get("mixup")
     said = [
         str(notes.get("kind")),
         _READS.get(notes.get("form", ""), ""),

@@ -163,7 +163,7 @@ def show_report(run_dir: Path, as_json: bool, fresh: bool = True, beside: str | 
         raise UserError(
             "the paper has no figure for this task, backbone and structure",
             where=run_dir,
-            remedy="leave --beside out; recipes/adamergex lists what the paper has",
+            remedy="leave --beside out; recipes/adamergex and recipes/flare list what the papers have",
         )
     with writing(run_dir):
         write_json(run_dir / "results.json", found)

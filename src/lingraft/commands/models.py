@@ -196,6 +196,8 @@ def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options:
             what |= {"second": second.notes(), "counterparts": read.record(), **reads}
             adapter = second_adapter(adapter, groups["fusion"])
         items = subset(items, values.limit)
+        if options["second"] == "concatenated":  # Two texts in one input need the room of two.
+            values = values.model_copy(update={"max_length": 2 * values.max_length})
     located = _backbone(options)
     from lingraft.backbones import Backbone, training_stack
 

@@ -8,6 +8,7 @@ no matrix of scores.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lingraft import roles
 from lingraft.config import AdapterConfig
@@ -189,8 +190,8 @@ def writing_hours(shape: Shape, written: float, dtype: str, device: str = "H100"
 
 def stored_bytes(shape: Shape, modules: str | Sequence[str], tokens: float) -> float:
     """Bytes of source states on disk: two for every feature of every token, once for all fused layers that read the same."""
-    chosen = roles.select([layer.path for layer in shape.linear], modules)
-    fused = {layer.path.rpartition(".")[0] for layer in reader_of(shape).linear if layer.path in set(chosen)}
+    chosen = _chosen(reader_of(shape).linear, modules if isinstance(modules, str) else tuple(modules))
+    fused = {layer.path.rpartition(".")[0] for layer in chosen}
     return 2.0 * tokens * len(fused) * shape.width
 
 
@@ -224,10 +225,15 @@ _PLACES = {
 
 
 def _adapted(shape: Shape, config: AdapterConfig) -> list[Linear]:
-    modules: str | Sequence[str] = config.modules
+    modules: str | tuple[str, ...] = config.modules
     if config.family == "bottleneck":
         modules = _PLACES[config.positions]
     elif config.family == "ia3" and modules == "all":
         modules = _PLACES["ia3"]
-    paths = set(roles.select([layer.path for layer in shape.linear], modules))
-    return [layer for layer in shape.linear if layer.path in paths]
+    return _chosen(shape.linear, modules)
+
+
+@lru_cache(maxsize=64)
+def _chosen(linear: tuple[Linear, ...], modules: str | tuple[str, ...]) -> list[Linear]:
+    paths = set(roles.select([layer.path for layer in linear], modules))
+    return [layer for layer in linear if layer.path in paths]

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -272,6 +272,7 @@ def _translator(config: Plain) -> Shape:
     )
 
 
+@lru_cache(maxsize=64)
 def reader_of(shape: Shape) -> Shape:
     """Of an encoder-decoder its encoder alone, which is all that reads a text for its states; others as they are."""
     if shape.kind != "encoder-decoder":
@@ -385,7 +386,7 @@ KNOWN: dict[str, dict[str, Any]] = {
 def shape_for(located: "Located") -> Shape | None:
     """The sizes of a base model that was found; None where nothing here says them."""
     if located.name in KNOWN:
-        return shape_of(KNOWN[located.name])
+        return _known(located.name)
     if located.kind == "hub":
         return shape_named(located.name, located.config.revision)
     return _in_file(located.path / "config.json") if located.kind == "folder" and located.path else None
@@ -394,7 +395,7 @@ def shape_for(located: "Located") -> Shape | None:
 def shape_named(model: str, revision: str | None = None) -> Shape | None:
     """The sizes of a model by its hub id or folder; None where nothing here says them, and nothing is fetched."""
     if model in KNOWN:
-        return shape_of(KNOWN[model])
+        return _known(model)
     if (Path(model) / "config.json").is_file():
         return _in_file(Path(model) / "config.json")
     try:
@@ -407,6 +408,11 @@ def shape_named(model: str, revision: str | None = None) -> Shape | None:
     except HFValidationError:
         return None
     return _in_file(Path(cached)) if isinstance(cached, str) else None
+
+
+@cache
+def _known(model: str) -> Shape:
+    return shape_of(KNOWN[model])
 
 
 def _in_file(path: Path) -> Shape | None:

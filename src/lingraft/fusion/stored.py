@@ -46,11 +46,11 @@ def _read(sequence: Any) -> list[tuple[Counterpart | None, int]]:
 def states_size(backbone: Backbone, sequences: Sequence[Any], fusion: FusionConfig) -> int:
     """Bytes that the source states of a training take; the base model alone tells, before there is a first stage."""
     with evaluating(backbone.model):
-        places, width = _places(backbone, fusion)
+        places, width = places_of(backbone, fusion)
     return size_of(requests_of(sequences, fusion), len(set(places.values())), width)
 
 
-def _places(backbone: Backbone, fusion: FusionConfig) -> tuple[dict[str, Point], int]:
+def places_of(backbone: Backbone, fusion: FusionConfig) -> tuple[dict[str, Point], int]:
     """Where every fused layer has its source states from, and how wide these are."""
     modules = fused_modules(backbone, fusion)
     found = points(backbone, modules, offset=fusion.layer_offset, normalised=fusion.normalize_source)
@@ -89,7 +89,7 @@ def store_states(
     """
     wanted = requests_of(sequences, fusion)
     with backbone.merged(first), evaluating(backbone.model):
-        found, width = _places(backbone, fusion)
+        found, width = places_of(backbone, fusion)
         places = list(dict.fromkeys(found.values()))
 
         def compute(batch: Sequence[Request]) -> Sequence[Sequence[torch.Tensor]]:

@@ -12,7 +12,7 @@ from lingraft.languages import name_of
 from lingraft.locating import Located, architecture_of
 from lingraft.methods import Method, method
 from lingraft.plan.steps import Cell, Plain, Plan, Step, ordered
-from lingraft.plan.two_languages import Given, TwoLanguages, original, texts_of
+from lingraft.plan.two_languages import Given, TwoLanguages, longest, original, texts_of
 from lingraft.protocols import PAPER
 from lingraft.serving import check_served, served_head
 from lingraft.tasks.reference import reference_path, reference_text
@@ -123,7 +123,10 @@ class Planner:
             return None
         if not self.has_rows(self.task, experiment.source, "train"):
             return f"no labelled training data in {name_of(experiment.source)}"
-        if row.adapter == "graft" and self.reference_task is not None:
+        if (reason := self.two.lacks(row, language)) is not None:
+            return reason
+        graft = row.adapter == "graft" or self.two.first_graft(row) is not None
+        if graft and self.reference_task is not None:
             for code in (language, experiment.source, *experiment.development):
                 if not self.has_rows(self.reference_task, code, experiment.reference.split):
                     return f"no labelled data of the reference task '{self.reference_task.name}' in {name_of(code)}"
@@ -494,17 +497,10 @@ class Planner:
         inputs = {} if adapter is None else {"adapter": adapter}
         label = row.name if adapter is None else f"{row.name} seed {seed}"
         split, prompt = self.experiment.evaluation.split, row.prompt or self.experiment.prompt
-        prediction = self.prediction(
-            inputs,
-            None,
-            language,
-            split,
-            label,
-            prompt=prompt,
-            beside=self.two.beside(row, language, split),
-            # Two texts in one input may need more room than one, when learned from and when asked.
-            max_length=self.experiment.fusion_values.max_length if row.adapter == "second" else None,
-        )
+        beside = self.two.beside(row, language, split)
+        # A second stage is asked with as much room as it was trained with.
+        room = longest(beside.config, self.experiment.fusion_values.max_length) if row.adapter == "second" else None
+        prediction = self.prediction(inputs, None, language, split, label, prompt=prompt, beside=beside, max_length=room)
         return Cell(row.name, language, seed, prediction, self.scores(prediction), adapter)
 
     def method_adapter(self, row: Method, language: str, seed: int) -> Step | None:

@@ -9,6 +9,7 @@ from lingraft.config import BackboneConfig, Experiment, FusionConfig
 from lingraft.digests import digest_file
 from lingraft.errors import ConfigError, DataError
 from lingraft.fusion.stages import second_adapter
+from lingraft.languages import name_of
 from lingraft.locating import Located, locate
 from lingraft.methods import Method, method
 from lingraft.plan.steps import Plain, Step
@@ -35,6 +36,7 @@ class TwoLanguages:
     def __init__(self, planner: "Planner") -> None:
         self.planner = planner
         self.experiment = planner.experiment
+        self._models: dict[tuple[str, str | None], Located] = {}
 
     def first_graft(self, row: Method) -> Method | None:
         """The graft that a method's first stage is, where it is one."""
@@ -50,11 +52,23 @@ class TwoLanguages:
         if row.reads in ("alone", "itself"):
             return Given(config)
         if not self._translated(split):
-            return Given(config, {}, {"counterpart_rows": self._rows(source, split)})
+            return Given(config, {}, {"counterpart_rows": self._aligned(source, split)})
         if settings.files is not None:
             return Given(config, {}, self._file("counterpart_rows", language, source, split))
         # Of a counterpart only what is asked is read, so that all methods share one translation.
         return Given(config, {"counterparts": self.translation(language, source, split, answers=False)})
+
+    def lacks(self, row: Method, language: str) -> str | None:
+        """What is not there that a method reads or learns from in a language, or None where all is."""
+        planner, source, split = self.planner, self.experiment.source, self.experiment.evaluation.split
+        learns = row.adapter == "second" and not self._translated("train")
+        if learns and not planner.has_rows(planner.task, language, "train"):
+            return "no labelled training data"
+        if row.reads in ("alone", "itself") or language == source:
+            return None
+        if not self._translated(split) and not planner.has_rows(planner.task, source, split):
+            return f"no {split} data in {name_of(source)}"
+        return None
 
     def _counterpart(self, row: Method) -> dict[str, Any]:
         """What a step's configuration says of the counterparts that a method reads."""
@@ -89,7 +103,7 @@ class TwoLanguages:
         inputs: dict[str, Step] = {"stage1": first}
         reads: dict[str, str] = {}
         if not self._translated("train"):
-            reads["rows"] = self._rows(language, "train")
+            reads["rows"] = self._aligned(language, "train")
         elif settings.files is not None:
             reads |= self._file("rows", experiment.source, language, "train")
         else:
@@ -115,8 +129,11 @@ class TwoLanguages:
         if fusion.cache and row.second == "fused":
             inputs["states"] = self.states(fusion, what, inputs, reads, label)
         if row.second == "fused-mt":
-            reads["encoder"] = _model(fusion.encoder, fusion.encoder_revision).digest
-        return planner.training_step(what, experiment.fusion_values, seed, inputs, reads, label, adapter)
+            reads["encoder"] = self._model(fusion.encoder, fusion.encoder_revision).digest
+        values = experiment.fusion_values
+        if row.reads == "concatenated":
+            values = values.model_copy(update={"max_length": longest(what, values.max_length)})
+        return planner.training_step(what, values, seed, inputs, reads, label, adapter)
 
     def states(self, fusion: FusionConfig, what: Plain, inputs: Mapping[str, Step], reads: Plain, label: str) -> Step:
         """Source states of a training's counterparts; they do not depend on how they are fused."""
@@ -152,8 +169,14 @@ class TwoLanguages:
         }
         if (limit := self._limit(split)) is not None:
             config["limit"] = limit
-        reads = {"rows": self._rows(language, split), "model": _model(model, settings.revision).digest}
+        reads = {"rows": self._rows(language, split), "model": self._model(model, settings.revision).digest}
         return planner.step("translate", config, {}, reads, f"translate {planner.task.name} {language}-{into} {split}")
+
+    def _model(self, model: str, revision: str | None) -> Located:
+        """A model beside the backbone, its commit resolved once."""
+        if (model, revision) not in self._models:
+            self._models[model, revision] = locate(BackboneConfig(model=model, revision=revision))
+        return self._models[model, revision]
 
     def _limit(self, split: str) -> int | None:
         """How many items are needed of a split: no more of them are translated."""
@@ -169,6 +192,19 @@ class TwoLanguages:
 
     def _rows(self, language: str, split: str) -> str:
         return self.planner.rows_digest(self.planner.task, language, split)
+
+    def _aligned(self, language: str, split: str) -> str:
+        """The digest of rows that could also be translated from the other language's.
+
+        Raises:
+            DataError: There are none.
+        """
+        try:
+            return self._rows(language, split)
+        except DataError as error:
+            raise DataError(
+                error.what, where=error.where, remedy=f"{error.remedy}; or translate them (translation.model)"
+            ) from None
 
     def _file(self, name: str, language: str, into: str, split: str) -> dict[str, str]:
         """The digest of a file of translated rows.
@@ -189,7 +225,7 @@ class TwoLanguages:
         if row.second != "fused-mt":
             return fusion.key("cache", "cache_limit", "encoder", "encoder_revision")
         # The commit that was found is the one to train with, and to ask with later.
-        commit = _model(fusion.encoder, fusion.encoder_revision).config.revision
+        commit = self._model(fusion.encoder, fusion.encoder_revision).config.revision
         if commit is None:
             return fusion.key("cache", "cache_limit", "encoder_revision")
         return fusion.model_copy(update={"encoder_revision": commit}).key("cache", "cache_limit")
@@ -200,6 +236,11 @@ def original(experiment: Experiment, step: Step) -> str:
     settings = experiment.translation
     in_files = settings.files is not None and "train" in settings.splits and {"second", "places"} & set(step.config)
     return experiment.source if "items" in step.inputs or in_files else step.config["language"]
+
+
+def longest(config: Plain, max_length: int) -> int:
+    """The most tokens of an input: two texts in one may have twice as many as one."""
+    return max_length * (2 if config.get("counterpart", {}).get("form") == "concatenated" else 1)
 
 
 def texts_of(step: Step) -> int:
@@ -213,8 +254,3 @@ def translated_file(experiment: Experiment, data_dir: Path | None, language: str
     for name, value in (("from", language), ("to", into), ("split", split)):
         path = path.replace(f"{{{name}}}", value)
     return (data_dir or Path()) / path
-
-
-def _model(model: str, revision: str | None) -> Located:
-    """A model beside the backbone, its commit resolved."""
-    return locate(BackboneConfig(model=model, revision=revision))

@@ -32,8 +32,8 @@ def results(run: Path) -> dict[str, Any]:
     Returns:
         `metric`, what a `value` is; `languages`, `methods` (per method: per language, `average` over all targets that have data and
         over each of the `groups`, with `value`, difference to Eng-FT with interval and p, gap closed, and below `also` every
-        other figure), `selections` (per method, for all targets or per target), `references`, `absent`, and the experiment. Second stages have their
-        difference to the one without fusion below `against_unfused`.
+        other figure), `selections` (per method, for all targets or per target), `references`, `absent`, and the experiment.
+        Second stages have their difference to the one without fusion below `against_unfused`.
 
     Raises:
         UserError: This is not a run, or it is not finished.

@@ -109,7 +109,7 @@ def rendered(task: Task, *, answers: bool = True) -> Task:
         task = Unanswered(**values)
     return replace(
         task,
-        canonical=_as_it_is,
+        canonical=_as_it_is if task.id_field else _numbered,
         companion={},
         hub_companion={},
         repair=None,
@@ -119,6 +119,11 @@ def rendered(task: Task, *, answers: bool = True) -> Task:
 
 def _as_it_is(row: Row, number: int) -> Row:
     return row
+
+
+def _numbered(row: Row, number: int) -> Row:
+    """A row that tells which one it translates, and if it does not, the one at its place."""
+    return row if ROW in row.fields else replace(row, fields={**row.fields, ROW: str(number)})
 
 
 def translated_rows(
