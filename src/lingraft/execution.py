@@ -147,7 +147,8 @@ class Session:
             return [concatenated(item) for item in found]
         if asked["form"] == "instead":
             by_id = {item.id: item for item in others}
-            return [by_id[item.id] for item in found]
+            # What is right is what the item says, whatever stands beside its counterpart.
+            return [replace(by_id[item.id], gold=item.gold) for item in found]
         return found
 
     def _items(self, step: Step, role: str, language: str, limit: int | None) -> list[Example]:
@@ -190,6 +191,8 @@ def check_data(steps: Sequence[Step], session: Session) -> None:
     for task, language, split, prompt in sorted(wanted):
         session.examples(session.task(task), language, split, None, prompt)
     _check_pairs(steps, session)
+    _check_layers(steps, session)
+    _check_states(steps, session)
     read = {s.config["language"] for s in steps if "reference" in s.config}
     projected = {s.config["language"] for s in steps if "projected" in s.config}
     if projected:
@@ -217,6 +220,43 @@ def _check_pairs(steps: Sequence[Step], session: Session) -> None:
         if key not in seen:
             seen.add(key)
             session.asked(step, None)
+
+
+def _check_layers(steps: Sequence[Step], session: Session) -> None:
+    """Makes sure that second stages find the layers they mix in: said now, not after the first stage's training.
+
+    Raises:
+        UserError: The base model has no such layers.
+    """
+    seconds = {digest_value(s.config["second"]): s.config["second"] for s in steps if "second" in s.config}
+    for second in seconds.values():
+        if "mixup" in second:
+            from lingraft.fusion.xmixup import site_of
+
+            site_of(session.backbone.model, second["mixup"]["layer"])
+        elif "fusion" in second:
+            from lingraft.fusion.attaching import fused_modules
+            from lingraft.fusion.stored import places_of
+
+            # A translation encoder's states are the same for every layer.
+            find = places_of if second["kind"] == "fused" else fused_modules
+            find(session.backbone, FusionConfig(**second["fusion"]))
+
+
+def _check_states(steps: Sequence[Step], session: Session) -> None:
+    """Makes sure that source states are not too large, where their items are there already.
+
+    Raises:
+        UserError: They are.
+    """
+    for step in steps:
+        if step.kind == "states" and "items" not in step.inputs:
+            from lingraft.fusion.cache import check_size
+            from lingraft.fusion.stored import states_size
+
+            sequences, fusion = _fusing(step, session)
+            size = states_size(session.backbone, sequences, fusion)
+            check_size(size, session.experiment.fusion.cache_limit * 1e9, where=step.label)
 
 
 def execute(step: Step, session: Session, work: Path) -> None:
@@ -504,24 +544,31 @@ def _translate(step: Step, session: Session, work: Path) -> dict[str, Any]:
     return {"rows": len(made.rows), "dropped": list(made.dropped), "cut": translator.cut}
 
 
-def _states(step: Step, session: Session, work: Path) -> dict[str, Any]:
-    """Source states of a training's counterparts, computed once."""
+def _fusing(step: Step, session: Session) -> tuple[list[Any], FusionConfig]:
+    """What a training that keeps source states learns from, and how it fuses."""
     from lingraft import reading
-    from lingraft.backbones import environment
-    from lingraft.fusion.stored import store_states
 
-    config, backbone = step.config, session.backbone
+    config = step.config
     values = session.experiment.fusion_values.model_copy(
         update={"max_length": config["max_length"], "limit": config["limit"]}
     )
     items = session.asked(step, values.limit)
-    sequences, _ = reading.of_items(backbone, items, values, _head(config))
+    return reading.of_items(session.backbone, items, values, _head(config))[0], FusionConfig(**config["places"])
+
+
+def _states(step: Step, session: Session, work: Path) -> dict[str, Any]:
+    """Source states of a training's counterparts, computed once."""
+    from lingraft.backbones import environment
+    from lingraft.fusion.stored import store_states
+
+    backbone = session.backbone
+    sequences, fusion = _fusing(step, session)
     size = store_states(
         backbone,
         Adapter.load(session.folder(step.inputs["stage1"])),
         sequences,
         work,
-        fusion=FusionConfig(**config["places"]),
+        fusion=fusion,
         digest=step.key,
         limit_bytes=int(session.experiment.fusion.cache_limit * 1e9),
         progress=lambda done, total: session.progress(done, total, ""),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lingraft.config import Experiment
+from lingraft.config import NO_REFERENCE, Experiment
 from lingraft.errors import ConfigError
 from lingraft.methods import Method
 from lingraft.tasks.table import TASKS
@@ -26,9 +26,11 @@ def check_served(architecture: str, task: Task, experiment: Experiment, methods:
     encoder = architecture == "encoder"
     if encoder:
         served_head(task)
-    grafts = any(row.adapter in ("graft", "sequential") for row in methods)
+    # A second stage that does not stand on the source's task adapter stands on a graft.
+    grafts = any(row.adapter in ("graft", "sequential") or row.first != "source" for row in methods)
     reference = experiment.reference
-    if grafts and not reference.labelled and reference.task not in LEARNS[architecture]:
+    known = reference.labelled or reference.task in (NO_REFERENCE, *LEARNS[architecture])
+    if grafts and not known:
         learns = " or ".join(LEARNS[architecture])
         raise ConfigError(
             f"the reference task '{reference.task}' is not one that {_a(architecture)} learns",

@@ -17,6 +17,7 @@ from lingraft.adapter import Adapter
 from lingraft.backbones import Backbone
 from lingraft.batching import Counterpart, derived_seed
 from lingraft.config import FusionConfig
+from lingraft.errors import BackboneError
 from lingraft.fusion.cache import Request, StateCache
 from lingraft.fusion.functions import ELEMENTWISE, Attended, CrossAttention
 from lingraft.fusion.sources import Columns, Point, align, beside, evaluating, points, states_of
@@ -146,7 +147,9 @@ class Fuser:
     ) -> Iterator[None]:
         """Everything that runs inside is mixed with these counterparts; see `fusing`."""
         following = self._following(rows, written) if self._continues else [()] * len(rows)
-        read = [Counterpart((0,)) if row is None else row for row in rows]
+        # A row without counterpart reads another's, and is mixed with none of it.
+        filler = next(row for row in rows if row is not None)
+        read = [filler if row is None else row for row in rows]
         if self.translator is not None:
             states, lengths = self._translated(read)
         else:
@@ -375,10 +378,22 @@ def fused_modules(backbone: Backbone, fusion: FusionConfig, among: Sequence[str]
         backbone: The base model.
         fusion: How it fuses.
         among: The layers that have a LoRA; None: nothing is attached, and all linear layers count.
+
+    Raises:
+        BackboneError: They read states of different widths, or there are none.
     """
     found = backbone.target_modules(fusion.modules) if among is None else roles.select(among, fusion.modules)
     inside = "encoder." if backbone.kind == "encoder-decoder" else ""
-    return sorted(module for module in found if module.startswith(inside))
+    chosen = sorted(module for module in found if module.startswith(inside))
+    widths: set[Any] = {backbone.model.get_submodule(module).in_features for module in chosen}
+    if len(widths) != 1:
+        raise BackboneError(
+            "the layers to fuse read states of different widths" if widths else "there is no layer to fuse",
+            where=backbone.located.name,
+            remedy="fuse layers that read a block's states, such as attention.query (fusion.modules); others may have plain "
+            "LoRA (fusion.plain)",
+        )
+    return chosen
 
 
 @contextmanager

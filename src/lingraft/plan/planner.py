@@ -500,7 +500,9 @@ class Planner:
         beside = self.two.beside(row, language, split)
         # A second stage is asked with as much room as it was trained with.
         room = longest(beside.config, self.experiment.fusion_values.max_length) if row.adapter == "second" else None
-        prediction = self.prediction(inputs, None, language, split, label, prompt=prompt, beside=beside, max_length=room)
+        prediction = self.prediction(
+            inputs, None, language, split, label, prompt=prompt, beside=beside, max_length=room
+        )
         return Cell(row.name, language, seed, prediction, self.scores(prediction), adapter)
 
     def method_adapter(self, row: Method, language: str, seed: int) -> Step | None:
