@@ -444,7 +444,8 @@ class Backbone:
     def merged(self, adapter: Adapter) -> Iterator[None]:
         """The base with a LoRA's updates in its weights; afterwards the weights are what they were, bit for bit.
 
-        Weights in fewer bits stay as they are, and the update is added to what they give.
+        Weights in less than 32 bits stay as they are, and the update is added to what they give: a small one would be lost where
+        it is less than half of a weight's last digit.
 
         Raises:
             AdapterError: The adapter is no LoRA, belongs to another base model, or fits nowhere.
@@ -461,11 +462,13 @@ class Backbone:
                 site = adapter.site(module)
                 a, b = (torch.from_numpy(site.tensors[role]).to(self.device) for role in ("A", "B"))
                 layer = self._layer_for(module, (b.shape[0], a.shape[1]), adapter)
-                if type(layer) is torch.nn.Linear:
+                if type(layer) is torch.nn.Linear and layer.weight.dtype == torch.float32:
                     kept[module] = layer.weight.detach().to("cpu", copy=True)
                     layer.weight.data.copy_(layer.weight.float() + site.scaling * (b @ a))
                 else:
-                    handles.append(layer.register_forward_hook(_adding(a, site.scaling * b)))
+                    handles.append(
+                        layer.register_forward_hook(_adding(a.to(self.dtype), (site.scaling * b).to(self.dtype)))
+                    )
             yield
         finally:
             for handle in handles:

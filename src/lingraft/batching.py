@@ -47,35 +47,37 @@ class TokenSequence:
 
 
 def cut(
-    backbone: "Backbone", text: str, ids: list[int], excess: int, cuttable: tuple[int, int] | None, item: str
+    backbone: "Backbone", text: str, ids: list[int], excess: int, cuttable: Sequence[tuple[int, int]], item: str
 ) -> list[int]:
-    """A text's ids less so many of them: from the end of the part that may be cut, or from the text's beginning.
+    """A text's ids less so many of them: from the end of the parts that may be cut, or from the text's beginning.
 
     Args:
         backbone: Its tokenizer made the ids.
         text: The text.
         ids: Its ids, without special tokens.
         excess: How many are too many; none are cut where it is not above 0.
-        cuttable: The part's first and last character (exclusive); None: the whole text, whose beginning goes.
+        cuttable: The parts' first and last characters (exclusive), the longest of which loses a token at a time; none: the whole
+            text, whose beginning goes.
         item: The item's name, for the message.
 
     Raises:
-        DataError: The rest of the text, without the part that may be cut, is still too long.
+        DataError: The rest of the text, without the parts that may be cut, is still too long.
     """
     if excess <= 0:
         return ids
-    if cuttable is None:
+    if not cuttable:
         return ids[excess:]
     offsets: list[tuple[int, int]] = backbone.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)[
         "offset_mapping"
     ]  # pyright: ignore[reportAssignmentType]
-    inside = [n for n, (first, last) in enumerate(offsets) if cuttable[0] <= first < last <= cuttable[1]]
-    if len(inside) < excess:
+    inside = [[n for n, (a, b) in enumerate(offsets) if first <= a < b <= last] for first, last in cuttable]
+    whole = sum(map(len, inside))
+    if whole < excess:
         raise DataError(
-            f"item {item} is too long for the model even without its context ({len(ids) - len(inside)} tokens)",
+            f"item {item} is too long for the model even without its context ({len(ids) - whole} tokens)",
             remedy="raise max_length (training.max_length) or leave the item out",
         )
-    gone = set(inside[len(inside) - excess :])
+    gone = {max(inside, key=len).pop() for _ in range(excess)}
     return [token for n, token in enumerate(ids) if n not in gone]
 
 
@@ -97,7 +99,7 @@ def answer_sequences(backbone: "Backbone", examples: Sequence[Example], max_leng
         shared = shared_start([prompt, ids])
         excess = len(backbone.prefix) + len(ids) + len(end) - max_length
         text = example.prompt + example.completion
-        kept = [*backbone.prefix, *cut(backbone, text, ids, excess, example.cuttable, example.id), *end]
+        kept = [*backbone.prefix, *cut(backbone, text, ids, excess, example.cuttables, example.id), *end]
         start = max(1, len(backbone.prefix) + shared - max(0, excess))
         found.append(TokenSequence(tuple(kept), start, excess > 0, counterpart(backbone, example, max_length)))
     return found
@@ -114,7 +116,7 @@ def counterpart(backbone: "Backbone", example: Example, max_length: int) -> Coun
         return None
     ids = backbone.encode(source.prompt)
     excess = len(backbone.prefix) + len(ids) - max_length
-    kept = cut(backbone, source.prompt, ids, excess, source.cuttable, f"{source.id} (source)")
+    kept = cut(backbone, source.prompt, ids, excess, source.cuttables, f"{source.id} (source)")
     return Counterpart((*backbone.prefix, *kept), text=source.prompt)
 
 

@@ -383,7 +383,9 @@ def inspect(folders: tuple[Path, ...], as_json: bool) -> Any:
 @main.command()
 @click.argument("run_dir", metavar="RUN", type=FOLDER)
 @click.option(
-    "--beside", type=click.Choice(["paper"]), help="The AdaMergeX or FLARE paper's figures beside ours, where it has any."
+    "--beside",
+    type=click.Choice(["paper"]),
+    help="The AdaMergeX or FLARE paper's figures beside ours, where it has any.",
 )
 @verb
 def report(run_dir: Path, beside: str | None, as_json: bool) -> Any:

@@ -252,7 +252,7 @@ class TranslationConfig(Config):
     revision: str | None = Field(default=None, description="commit of a hub model; resolved and recorded if absent")
     files: str | None = Field(
         default=None,
-        description="instead: translated rows below the data folder, a path with {from}, {to} and {split}; their ids are the items'",
+        description="instead: translated rows below the data folder, a path with {from}, {to} and {split}; with the items' ids",
     )
     splits: tuple[Literal["train", "validation", "test"], ...] = Field(
         default=("train", "validation", "test"), description="the splits that are translated; others are aligned"

@@ -130,7 +130,14 @@ def _shares(first: int, last: int, room: int, *, keep_last: bool) -> tuple[int, 
 
 
 def _rows(
-    backbone: Backbone, first: str | None, last: str, max_length: int, *, keep_last: bool = False, windows: bool = False
+    backbone: Backbone,
+    first: str | None,
+    last: str,
+    max_length: int,
+    *,
+    keep_last: bool = False,
+    windows: bool = False,
+    shared: bool = False,
 ) -> list[Row]:
     """One or two texts with their special tokens.
 
@@ -142,6 +149,8 @@ def _rows(
         keep_last: Whether the first is cut instead: the last is an option.
         windows: Whether instead of being cut the last is read in several rows, each a third over the one before; the first, a
             question, is never cut then.
+        shared: Whether more than a question stands first, a counterpart's text before it: it loses its beginning where it takes
+            more than half of the room.
 
     Raises:
         UserError: There is no room for text.
@@ -154,6 +163,10 @@ def _rows(
     before = None if first is None else backend.encode(first, add_special_tokens=False)
     behind = backend.encode(last, add_special_tokens=False)
     kept = _shares(0 if before is None else len(before), len(behind), room, keep_last=keep_last)
+    cut_before = False
+    if shared and windows and before is not None and len(before) > room // 2:
+        before.truncate(room // 2, direction="left")
+        cut_before = True
     if windows and before is not None:
         if room - len(before) < _LEAST:
             raise DataError(
@@ -161,7 +174,7 @@ def _rows(
                 remedy="raise max_length (training.max_length) or leave the item out",
             )
         kept = len(before), min(len(behind), room - len(before))
-    cut_first, cut_last = before is not None and len(before) > kept[0], len(behind) > kept[1]
+    cut_first, cut_last = cut_before or (before is not None and len(before) > kept[0]), len(behind) > kept[1]
     if before is not None:
         # Before an option stands the question, at the end of the first text.
         before.truncate(kept[0], direction="left" if keep_last else "right")
@@ -205,9 +218,18 @@ def _item(backbone: Backbone, example: Example, head: Head, max_length: int, win
     if example.source is None:
         return rows
     read = _texts(backbone, example.source, head, max_length, windows)
-    text = _shown(example.source)
-    sources = [Counterpart(row.ids, row.types, text) for row in read]
+    texts = _read_in(example.source, read, head)
+    sources = [Counterpart(row.ids, row.types, text) for row, text in zip(read, texts, strict=True)]
     return [replace(row, source=sources[n] if n < len(sources) else None) for n, row in enumerate(rows)]
+
+
+def _read_in(example: Example, rows: Sequence[Row], head: Head) -> list[str]:
+    """The text of every row: for options the option's, for windows the window's."""
+    if head.kind == "multiple_choice":
+        return ["\n".join((*example.parts, option)) for option in example.options]
+    *before, last = example.parts
+    spans = [(row.offsets[0][0], row.offsets[-1][1]) if row.offsets else (0, 0) for row in rows]
+    return ["\n".join((*before, last[first:end])) for first, end in spans]
 
 
 def _texts(backbone: Backbone, example: Example, head: Head, max_length: int, windows: bool) -> list[Row]:
@@ -217,7 +239,7 @@ def _texts(backbone: Backbone, example: Example, head: Head, max_length: int, wi
         first = " ".join(example.parts)
         return [_rows(backbone, first, option, max_length, keep_last=True)[0] for option in example.options]
     first, last = _two(example.parts, example.id)
-    return _rows(backbone, first, last, max_length, windows=windows)
+    return _rows(backbone, first, last, max_length, windows=windows, shared=len(example.parts) > 2)
 
 
 def _tokens_of(row: Row, span: tuple[int, int]) -> tuple[int, int] | None:

@@ -126,12 +126,13 @@ class Session:
         """How many of a step's items have no counterpart and are left out, where that is allowed."""
         if step.config.get("counterpart", {}).get("missing") != "skip":
             return 0
-        items = self._items(step, "items", step.config["language"], None)
+        limit = step.config.get("limit") if "counterparts" in step.inputs else None
+        items = self._items(step, "items", step.config["language"], limit)
         return len(items) - len(self._beside(step, items))
 
     def _beside(self, step: Step, items: list[Example]) -> list[Example]:
         asked = step.config["counterpart"]
-        if asked["form"] == "itself":
+        if "language" not in asked:
             return [replace(item, source=item.asked) for item in items]
         others = self._items(step, "counterparts", asked["language"], None)
         made = bool({"items", "counterparts"} & set(step.inputs))
@@ -145,6 +146,10 @@ class Session:
         found = paired(items, others, missing=missing, what=what, numbered=False if made else None).examples
         if asked["form"] == "concatenated":
             return [concatenated(item) for item in found]
+        if asked["form"] == "alone":
+            return [replace(item, source=None) for item in found]
+        if asked["form"] == "itself":
+            return [replace(item, source=item.asked) for item in found]
         if asked["form"] == "instead":
             by_id = {item.id: item for item in others}
             # What is right is what the item says, whatever stands beside its counterpart.
@@ -513,6 +518,11 @@ def _compare(step: Step, session: Session, work: Path) -> dict[str, Any]:
     return {}
 
 
+def _commit(digest: str) -> str | None:
+    """The commit of a hub model that a plan has found; None: it lies in a folder."""
+    return digest.rpartition("@")[2] if digest.startswith("hub:") else None
+
+
 def _translate(step: Step, session: Session, work: Path) -> dict[str, Any]:
     from lingraft.translation import Translator
 
@@ -528,7 +538,7 @@ def _translate(step: Step, session: Session, work: Path) -> dict[str, Any]:
         config["model"],
         config["language"],
         config["into"],
-        revision=experiment.translation.revision,
+        revision=_commit(step.reads["model"]),
         device=experiment.backbone.device,
         dtype=config["dtype"],
         beams=config["beams"],

@@ -80,7 +80,7 @@ def written(
     for number, example in enumerate(examples):
         ids = backbone.encode(example.prompt)
         excess = len(backbone.prefix) + len(ids) - room
-        kept = cut(backbone, example.prompt, ids, excess, example.cuttable, example.id)
+        kept = cut(backbone, example.prompt, ids, excess, example.cuttables, example.id)
         prompts.append((number, [*backbone.prefix, *kept], excess > 0))
     found: list[tuple[str, bool]] = [("", False)] * len(examples)
     finished = 0

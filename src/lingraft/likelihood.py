@@ -95,7 +95,7 @@ def _whole(
     rest = tuple(ids[shared:])
     excess = len(backbone.prefix) + shared + (longest or len(rest)) - max_length
     text = example.prompt + completion
-    kept = (*backbone.prefix, *cut(backbone, text, ids, excess, example.cuttable, example.id))
+    kept = (*backbone.prefix, *cut(backbone, text, ids, excess, example.cuttables, example.id))
     asked = tuple((offset, (token,)) for offset, token in enumerate(rest))
     before = len(backbone.prefix) + shared_start([backbone.encode(example.prompt), ids]) - max(0, excess)
     return _Query(number, kept, len(kept) - len(rest) - 1, asked, candidate, excess > 0, max(1, before))
@@ -137,7 +137,17 @@ def _compared(backbone: Backbone, number: int, example: Example, scoring: str, m
     if distinct and scoring in ("auto", "first_token"):
         first = _whole(backbone, number, example, whole[0], shared, max_length, example.candidates[0], None, longest)
         context = first.ids[: first.position + 1]
-        return [_Query(number, context, len(context) - 1, ((0, firsts),), None, first.truncated, first.prompt)]
+        return [
+            _Query(
+                number,
+                context,
+                len(context) - 1,
+                ((0, firsts),),
+                None,
+                first.truncated,
+                min(first.prompt, len(context)),
+            )
+        ]
     return [
         _whole(backbone, number, example, ids, shared, max_length, text, index, longest)
         for index, (ids, text) in enumerate(zip(whole, example.candidates, strict=True))

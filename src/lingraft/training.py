@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -216,6 +217,8 @@ def train(
         model = stack.enter_context(backbone.attached(config, tensors, head))
         if second is not None:
             further = stack.enter_context(put_on(backbone, model, second, seed=seed))
+            if backbone.fuser is not None and backbone.fuser.translator is not None:
+                second = replace(second, encoder=backbone.fuser.translator.digest)
             extra = dict(further.state_dict()) if further is not None else {}  # The tensors themselves, not copies.
         model.train()
         summary = _loop(backbone, model, sequences, out, training, seed, trackers, progress, checkpoint_seconds)

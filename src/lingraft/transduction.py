@@ -10,7 +10,7 @@ import torch
 
 from lingraft.adapter import Adapter
 from lingraft.backbones import Backbone
-from lingraft.batching import Counterpart
+from lingraft.batching import Counterpart, cut
 from lingraft.encoding import Encoded
 from lingraft.errors import BackboneError, DataError
 from lingraft.fusion.attaching import fusing, with_adapter
@@ -76,23 +76,9 @@ def read(backbone: Backbone, example: Example, max_input: int) -> tuple[tuple[in
         DataError: It is too long even without that part.
     """
     end = _end(backbone)
-    room = max_input - len(end)
-    if example.cuttable is None:
-        ids = backbone.encode(example.prompt)
-        return (*ids[max(0, len(ids) - room) :], *end), len(ids) > room
-    given: Any = backbone.tokenizer(example.prompt, add_special_tokens=False, return_offsets_mapping=True)
-    ids, over = list(given["input_ids"]), len(given["input_ids"]) - room
-    if over <= 0:
-        return (*ids, *end), False
-    first, last = example.cuttable
-    inside = [n for n, (a, b) in enumerate(given["offset_mapping"]) if a >= first and b <= last]
-    if len(inside) < over:
-        raise DataError(
-            f"item {example.id} is too long for the model even without its context ({len(ids) - len(inside)} tokens)",
-            remedy="raise max_length (training.max_length) or leave the item out",
-        )
-    gone = set(inside[len(inside) - over :])
-    return (*(token for n, token in enumerate(ids) if n not in gone), *end), True
+    ids = backbone.encode(example.prompt)
+    excess = len(ids) + len(end) - max_input
+    return (*cut(backbone, example.prompt, ids, excess, example.cuttables, example.id), *end), excess > 0
 
 
 def counterpart(backbone: Backbone, example: Example, max_input: int) -> Counterpart | None:
@@ -293,14 +279,16 @@ def _summed_mixed(backbone: Backbone, chosen: Sequence[PairSequence]) -> torch.T
 
 @contextmanager
 def _mixing(backbone: Backbone, rows: Sequence[Sequence[int]], beside: Sequence[Counterpart | None]) -> Iterator[None]:
-    """Everything that is read inside is mixed by X-Mixup, where that is on the model and every row has a counterpart."""
+    """Everything that is read inside is mixed by X-Mixup, where that is on the model and there are counterparts."""
     mixup = backbone.mixup
-    if mixup is None or any(source is None for source in beside):
+    if mixup is None or all(source is None for source in beside):
         yield
         return
-    ids = [source.ids for source in beside if source is not None]
+    # A row without counterpart stands in for one, and nothing is mixed in from it.
+    ids = [row if source is None else source.ids for row, source in zip(rows, beside, strict=True)]
+    lengths = [0 if source is None else len(source.ids) for source in beside]
     nothing = [None] * len(ids)
-    source = mixup.read(backbone.model, Texts(lambda: _encoded(backbone, ids, nothing)[0], [len(row) for row in ids]))
+    source = mixup.read(backbone.model, Texts(lambda: _encoded(backbone, ids, nothing)[0], lengths))
     with mixup.mixing(backbone.model, source, [len(row) for row in rows]):
         yield
 

@@ -239,6 +239,33 @@ def test_weights_are_given_back_bit_for_bit(backbones: Any, stages: Any) -> None
     assert list(before) == list(after) and all(torch.equal(before[n], after[n]) for n in before)
 
 
+def test_a_small_first_stage_is_not_lost_in_bfloat16(tmp_path: Path, backbones: Any, stages: Any) -> None:
+    """Rounded into the weights most of a small update would be lost; what it adds must be what it adds on top."""
+    folder = save_tiny_model(tmp_path)
+    half = Backbone(locate(BackboneConfig(model=str(folder), dtype="bfloat16", device="cpu")))
+    first = Adapter.load(stages("llama", None, "first"))
+    small = replace(
+        first,
+        sidecar={k: v for k, v in first.sidecar.items() if k != "backbone"},
+        read=lambda module: first.read(module).map(lambda tensor: tensor * 0.05),
+    )
+    ids = torch.tensor([[5, 9, 7, 11]])
+    layer = half.model.get_submodule(next(iter(small.layout)))
+    states = torch.randn(1, 4, layer.in_features, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    site = small.site(next(iter(small.layout)))
+    a, b = (torch.from_numpy(site.tensors[role]) for role in ("A", "B"))
+    with torch.no_grad():
+        before, weight = layer(states).float(), layer.weight.clone()
+        with half.merged(small):
+            added = layer(states).float() - before
+            assert torch.equal(layer.weight, weight)
+            half.hidden(ids, torch.ones_like(ids))
+        assert torch.equal(layer(states).float(), before)
+    expected = site.scaling * (states.float() @ a.T @ b.T)
+    # What comes out is rounded to bfloat16, too: within its last digit.
+    assert torch.allclose(added, expected, atol=float(before.abs().max()) / 128)
+
+
 def test_merged_is_peft_on_top(backbones: Any, stages: Any) -> None:
     backbone, first = backbones("llama"), Adapter.load(stages("llama", None, "first"))
     attached = predict(backbone, first, without(items()))
@@ -360,8 +387,10 @@ def test_what_is_written_is_what_scoring_finds_likeliest(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_batch_is_its_items(backbones: Any, stages: Any, architecture: str) -> None:
-    backbone, adapter = backbones(architecture), Adapter.load(stages(architecture))
+@pytest.mark.parametrize("function", ["add_relu", "cross_attention"])
+def test_a_batch_is_its_items(backbones: Any, stages: Any, architecture: str, function: str) -> None:
+    backbone = backbones(architecture)
+    adapter = Adapter.load(stages(architecture, FUSION.model_copy(update={"function": function})))
     together = ask(backbone, adapter, items(), Asking(max_length=64))
     one_by_one = [ask(backbone, adapter, [e], Asking(max_length=64))[0] for e in items()]
     assert np.allclose([p.scores for p in together], [p.scores for p in one_by_one], atol=2e-5)
@@ -460,6 +489,12 @@ def test_another_first_stage_is_refused(stages: Any, tmp_path: Path) -> None:
 
     folder = tmp_path / "copy"
     shutil.copytree(stages("llama"), folder)
+    # By its weights, or by what they are multiplied with.
+    config = folder / "stage1" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 64'))
+    with pytest.raises(AdapterError, match="another one than this adapter was trained on"):
+        second_stage(Adapter.load(folder))
+    shutil.copyfile(stages("llama") / "stage1" / "adapter_config.json", config)
     shutil.copyfile(stages("llama") / "adapter_model.safetensors", folder / "stage1" / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match="another one than this adapter was trained on"):
         second_stage(Adapter.load(folder))

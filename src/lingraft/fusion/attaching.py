@@ -17,7 +17,7 @@ from lingraft.adapter import Adapter
 from lingraft.backbones import Backbone
 from lingraft.batching import Counterpart, derived_seed
 from lingraft.config import FusionConfig
-from lingraft.errors import BackboneError
+from lingraft.errors import AdapterError, BackboneError
 from lingraft.fusion.cache import Request, StateCache
 from lingraft.fusion.functions import ELEMENTWISE, Attended, CrossAttention
 from lingraft.fusion.sources import Columns, Point, align, beside, evaluating, points, states_of
@@ -162,6 +162,7 @@ class Fuser:
             continued=[len(ids) for ids in following],
             # A translation encoder knows nothing of the model's padding.
             mask_padding=self.fusion.mask_padding or self.translator is not None,
+            causal=self.backbone.kind == "decoder",
         )
         if states is None:
             longer = [
@@ -353,6 +354,12 @@ def put_on(backbone: Backbone, wrapped: Any, stage: SecondStage, *, seed: int = 
             device=backbone.device,
             dtype=backbone.dtype,
         )
+        if stage.encoder and stage.encoder != translator.digest:
+            raise AdapterError(
+                "the translation encoder is another one than this adapter was trained with",
+                where=stage.fusion.encoder,
+                remedy="put the right one back, or train again",
+            )
         places = {module: Point(module, False, None) for module in modules}
     else:
         with wrapped.disable_adapter():

@@ -25,7 +25,7 @@ class Columns:
     Attributes:
         index: batch × columns, the source's column; None: its own.
         where: batch × columns, True where source and target are mixed.
-        there: batch × columns, True where the target has a token of its prompt or behind it.
+        there: batch × columns, True where the target has a token; in a decoder also behind it, where nothing can be read from.
         needed: How many columns of every source are read.
     """
 
@@ -43,6 +43,7 @@ def align(
     written: Sequence[int] | None = None,
     continued: Sequence[int] | None = None,
     mask_padding: bool = False,
+    causal: bool = True,
 ) -> Columns:
     """Lays sources beside targets.
 
@@ -53,6 +54,7 @@ def align(
         written: Columns behind every prompt that what is written may take.
         continued: Tokens that continue every source; they stand beside what is written.
         mask_padding: Whether target tokens behind the source's end are left alone; else padding stands beside them.
+        causal: Whether what stands behind a text, its answer or padding, is hidden from it by the model itself.
     """
     count = len(prompts)
     starts, written, continued = starts or [0] * count, written or [0] * count, continued or [0] * count
@@ -61,7 +63,7 @@ def align(
     where, there = np.zeros((2, count, width), dtype=bool)
     needed = [1] * count
     for row, (source, prompt, start) in enumerate(zip(sources, prompts, starts, strict=True)):
-        there[row, start:] = True
+        there[row, start : None if causal else start + prompt] = True
         if source is None:
             continue
         mixed = min(prompt, source) if mask_padding else prompt

@@ -16,6 +16,7 @@ import numpy as np
 
 from lingraft.adapter import Adapter, content_digest
 from lingraft.config import AdapterConfig, FusionConfig, MixupConfig, validated
+from lingraft.digests import digest_file, digest_value
 from lingraft.errors import AdapterError
 from lingraft.layouts.common import CONFIG, SIDECAR, WEIGHTS
 from lingraft.tensors import TensorFile, write_all
@@ -47,6 +48,7 @@ class SecondStage:
         folder: Where it was read from.
         form: What is read of counterparts, in training and when asked; None: what the kind says, which for LoRA is nothing.
         source: The source language, that of the counterparts; empty: none is read, or it is not known.
+        encoder: The digest of the translation encoder it was trained with.
     """
 
     first: Adapter
@@ -58,6 +60,7 @@ class SecondStage:
     folder: Path | None = None
     form: Form | None = None
     source: str = ""
+    encoder: str = ""
 
     def __post_init__(self) -> None:
         if self.first.structure != "lora":
@@ -71,7 +74,7 @@ class SecondStage:
     def digest(self) -> str:
         """The first stage's digest."""
         assert self.first.path is not None
-        return content_digest(self.first.path)
+        return _digest(self.first.path)
 
     @property
     def reads(self) -> Form:
@@ -88,6 +91,8 @@ class SecondStage:
         }
         if self.source:
             found["source"] = self.source
+        if self.encoder:
+            found["encoder"] = self.encoder
         if self.fusion is not None:
             found["fusion"] = self.fusion.model_dump(mode="json", exclude={"cache", "cache_limit"})
         if self.mixup is not None:
@@ -144,7 +149,7 @@ def second_stage(adapter: Adapter, cache: "StateCache | None" = None) -> SecondS
         or notes.get("form") not in (None, *get_args(Form))
     ):
         raise AdapterError("what the second stage is cannot be read", where=adapter.path / SIDECAR)
-    digest = content_digest(adapter.path / FIRST)
+    digest = _digest(adapter.path / FIRST)
     if notes.get("stage1") != digest:
         raise AdapterError(
             f"the first stage is another one than this adapter was trained on ({digest[:12]}…, not "
@@ -163,7 +168,13 @@ def second_stage(adapter: Adapter, cache: "StateCache | None" = None) -> SecondS
         adapter.path,
         notes.get("form"),
         str(notes.get("source", "")),
+        str(notes.get("encoder", "")),
     )
+
+
+def _digest(folder: Path) -> str:
+    """Of an adapter's tensors and of its configuration, which says by what they are multiplied."""
+    return digest_value([content_digest(folder), digest_file(folder / CONFIG)])
 
 
 def second_adapter(adapter: AdapterConfig, fusion: FusionConfig) -> AdapterConfig:

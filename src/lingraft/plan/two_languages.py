@@ -13,6 +13,7 @@ from lingraft.languages import name_of
 from lingraft.locating import Located, locate
 from lingraft.methods import Method, method
 from lingraft.plan.steps import Plain, Step
+from lingraft.tasks.table import inside
 
 if TYPE_CHECKING:
     from lingraft.plan.planner import Planner
@@ -49,7 +50,7 @@ class TwoLanguages:
             # What is in the source language already needs no counterpart: it is its own.
             return Given()
         config = self._counterpart(row)
-        if row.reads in ("alone", "itself"):
+        if "language" not in config.get("counterpart", {}):
             return Given(config)
         if not self._translated(split):
             return Given(config, {}, {"counterpart_rows": self._aligned(source, split)})
@@ -72,11 +73,10 @@ class TwoLanguages:
 
     def _counterpart(self, row: Method) -> dict[str, Any]:
         """What a step's configuration says of the counterparts that a method reads."""
-        if row.reads == "alone":
-            return {}
-        if row.reads == "itself":
-            return {"counterpart": {"form": "itself"}}
-        missing = self.experiment.translation.missing
+        missing, own = self.experiment.translation.missing, row.reads in ("alone", "itself")
+        # Where items without counterpart are left out, methods that need none leave them out too: the same data for all.
+        if own and (missing == "error" or row.adapter != "second"):
+            return {"counterpart": {"form": "itself"}} if row.reads == "itself" else {}
         more = {"missing": missing} if missing != "error" else {}
         return {"counterpart": {"form": row.reads, "language": self.experiment.source, **more}}
 
@@ -108,7 +108,7 @@ class TwoLanguages:
             reads |= self._file("rows", experiment.source, language, "train")
         else:
             inputs["items"] = self.translation(experiment.source, language, "train", answers=True)
-        if row.reads not in ("alone", "itself"):
+        if "language" in self._counterpart(row).get("counterpart", {}):
             # Translated or aligned: the counterpart of an item that is learned from is the source's own.
             reads["counterpart_rows"] = self._rows(experiment.source, "train")
         second: dict[str, Any] = {"kind": row.second}
@@ -226,9 +226,10 @@ class TwoLanguages:
             return fusion.key("cache", "cache_limit", "encoder", "encoder_revision")
         # The commit that was found is the one to train with, and to ask with later.
         commit = self._model(fusion.encoder, fusion.encoder_revision).config.revision
+        unread = ("cache", "cache_limit", "layer_offset", "normalize_source", "mask_padding", "decoding")
         if commit is None:
-            return fusion.key("cache", "cache_limit", "encoder_revision")
-        return fusion.model_copy(update={"encoder_revision": commit}).key("cache", "cache_limit")
+            return fusion.key(*unread, "encoder_revision")
+        return fusion.model_copy(update={"encoder_revision": commit}).key(*unread)
 
 
 def original(experiment: Experiment, step: Step) -> str:
@@ -249,8 +250,12 @@ def texts_of(step: Step) -> int:
 
 
 def translated_file(experiment: Experiment, data_dir: Path | None, language: str, into: str, split: str) -> Path:
-    """Where a file of translated rows lies."""
-    path = experiment.translation.files or ""
+    """Where a file of translated rows lies, below the data folder whatever a shared recipe says.
+
+    Raises:
+        UserError: It does not.
+    """
+    path = inside(experiment.translation.files or "")
     for name, value in (("from", language), ("to", into), ("split", split)):
         path = path.replace(f"{{{name}}}", value)
     return (data_dir or Path()) / path

@@ -81,7 +81,9 @@ def show_cost(found: dict[str, Any], console: Console) -> None:
     )
     if found["unknown"]:
         console.print(
-            f"not fully reckoned, their data or a model's sizes are not known: {', '.join(found['unknown'])}", style="dim", markup=False
+            f"not fully reckoned, their data or a model's sizes are not known: {', '.join(found['unknown'])}",
+            style="dim",
+            markup=False,
         )
 
 

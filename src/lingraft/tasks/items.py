@@ -22,6 +22,7 @@ class Example:
         references: For free text, all right answers; the best match counts.
         cuttable: The first and the last character (exclusive) of the part of `prompt` that may lose its end where the prompt is
             too long for the model: the context, never the question. None: the prompt loses its beginning.
+        cuttable_before: The same of a counterpart's context, where both texts are one prompt.
         parts: What an encoder reads: one text, or two.
         options: For multiple choice by an encoder, the text of every option, in the order of `candidates`.
         span: For extraction by an encoder, the first and the last character (exclusive) of the answer in the last of `parts`.
@@ -35,10 +36,16 @@ class Example:
     answer: str = ""
     references: tuple[str, ...] = ()
     cuttable: tuple[int, int] | None = None
+    cuttable_before: tuple[int, int] | None = None
     parts: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     span: tuple[int, int] | None = None
     source: "Example | None" = None
+
+    @property
+    def cuttables(self) -> tuple[tuple[int, int], ...]:
+        """The parts of the prompt that may lose their end."""
+        return tuple(span for span in (self.cuttable_before, self.cuttable) if span is not None)
 
     @property
     def asked(self) -> "Example":

@@ -90,9 +90,9 @@ def concatenated(example: Example) -> Example:
     """Input-level fusion: the item with both texts in its input, the source's first.
 
     The prompt is the source's whole prompt, its cue for the answer included, an empty line, and the item's own; the source's
-    answer is in none of it. A prompt that is too long loses the end of the item's own context, as it does alone; the source
-    stays. An encoder reads the source's parts, and its options where there are some, in front of the item's own first
-    part; the last part and the options stay the item's, so that an answer stands where it stood.
+    answer is in none of it. A prompt that is too long loses the end of the longer of both contexts until it fits. An encoder reads
+    the source's parts, and its options where there are some, in front of the item's own first part; the last part and the options
+    stay the item's, so that an answer stands where it stood.
 
     Raises:
         DataError: The item has no counterpart.
@@ -106,6 +106,7 @@ def concatenated(example: Example) -> Example:
         example,
         prompt=before + example.prompt,
         cuttable=cuttable,
+        cuttable_before=source.cuttable,
         parts=(*source.parts, *source.options, *example.parts),
         source=None,
     )

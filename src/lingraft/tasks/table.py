@@ -361,13 +361,17 @@ def _from_config(name: str, config: CustomTask) -> ChoiceTask:
         id_field=config.id_field,
         head="classification" if encoded else None,
         parts=tuple(f"{{{field}}}" for field in fields) if encoded else (),
-        layouts={split: (Layout(_inside(path)),) for split, path in config.files.items()},
+        layouts={split: (Layout(inside(path)),) for split, path in config.files.items()},
         licence=config.licence,
     )
 
 
-def _inside(path: str) -> str:
-    """A task's path, which must stay below the data folder whatever a shared recipe says."""
+def inside(path: str) -> str:
+    """A path of a recipe, which must stay below the data folder whoever wrote it.
+
+    Raises:
+        UserError: It leads out of it.
+    """
     if Path(path).is_absolute() or ".." in Path(path).parts:
-        raise UserError(f"the task's path '{path}' leads out of the data folder", remedy="give a path below --data-dir")
+        raise UserError(f"the path '{path}' leads out of the data folder", remedy="give a path below --data-dir")
     return path
