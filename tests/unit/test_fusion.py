@@ -25,6 +25,7 @@ from lingraft.fusion.stages import SecondStage, second_adapter, second_stage
 from lingraft.heads import Head
 from lingraft.locating import locate
 from lingraft.tasks.items import Example
+from lingraft.tasks.pairs import concatenated
 from lingraft.training import batch_loss, train
 from tests.conftest import save_tiny_model
 
@@ -542,3 +543,80 @@ def test_losses_add_up_over_parts(backbones: Any, stages: Any) -> None:
         terms = [len(s.ids) - s.start for s in made]
         parts = [batch_loss(backbone, [s]) * n for s, n in zip(made, terms, strict=True)]
     assert whole == pytest.approx(sum(parts) / sum(terms), abs=1e-5)
+
+
+# Both texts in one input
+
+
+def questions() -> list[Example]:
+    """Questions whose contexts are longer than the room, in both languages."""
+    context = " ".join(f"w{n}" for n in range(60))
+    prompt = f"Context: {context}\nQuestion: why?\nAnswer:"
+    span = (9, 9 + len(context))
+    source = Example(
+        "0", prompt, answer=" w3", references=("w3",), cuttable=span, parts=("why?", context), span=(9, 11)
+    )
+    return [replace(source, source=source.asked)]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+def test_of_two_contexts_in_one_prompt_the_longer_loses_its_end(backbones: Any, architecture: str) -> None:
+    backbone, (example,) = backbones(architecture), [concatenated(e) for e in questions()]
+    whole = len(backbone.encode(example.prompt))
+    if backbone.kind == "decoder":
+        ids = answer_sequences(backbone, [example], whole // 2)[0].ids
+    else:
+        ids = transduction.read(backbone, example, whole // 2)[0]
+    text = backbone.decode(ids)
+    assert len(ids) == whole // 2
+    assert text.count("why?") == 2 and text.count("Answer:") == 2
+    first, second = (part.split("Question")[0] for part in text.split("Context: ")[1:])
+    assert abs(len(first) - len(second)) <= 2 and "w59" not in text
+
+
+def test_windows_beside_a_long_counterpart_keep_the_question(backbones: Any) -> None:
+    backbone, (example,) = backbones("bert"), [concatenated(e) for e in questions()]
+    rows = encoding.labelled_sequences(backbone, [example], Head("span"), 64).sequences[0].rows
+    texts = [backbone.decode(row.ids) for row in rows]
+    assert all("why?" in text.replace(" ", "") for text in texts)
+    assert all(row.truncated for row in rows)
+
+
+def test_a_translation_encoder_reads_what_a_row_reads(backbones: Any) -> None:
+    backbone = backbones("bert")
+    example = replace(questions()[0], source=None)
+    example = replace(example, source=example.asked)
+    rows = encoding._item(backbone, example, Head("span"), 64, True)
+    assert len(rows) > 2
+    for row in rows:
+        assert row.source is not None
+        inside = example.parts[1][row.offsets[0][0] : row.offsets[-1][1]]
+        assert row.source.text == f"why?\n{inside}"
+    choice = Example("0", "", (" a", " b"), 0, parts=("why",), options=("rain", "sun"))
+    choice = replace(choice, source=choice.asked)
+    read = encoding._item(backbone, choice, Head("multiple_choice"), 64, False)
+    assert [row.source.text for row in read if row.source] == ["why\nrain", "why\nsun"]
+
+
+def test_another_translation_encoder_is_refused(backbones: Any, stages: Any, tmp_path: Path) -> None:
+    backbone, encoder, out = backbones("bert"), tmp_path / "encoder", tmp_path / "out"
+    save_tiny_model(encoder, "bert")
+    out.mkdir()
+    fusion = FusionConfig(encoder=str(encoder))
+    second = SecondStage(Adapter.load(stages("bert", None, "first")), "fused-mt", fusion, language="sw")
+    itself = [replace(e, source=e.asked) for e in without(items())]
+    train(
+        backbone,
+        sequences(backbone, itself),
+        out,
+        adapter=second_adapter(FIRST, fusion),
+        training=SHORT,
+        head=head(backbone),
+        second=second,
+    )
+    adapter = Adapter.load(out)
+    found, alone = (ask(backbone, adapter, made, Asking(max_length=64)) for made in (itself, without(itself)))
+    assert [p.scores for p in found] != [p.scores for p in alone]
+    save_tiny_model(encoder, "bert", initializer_range=0.3)
+    with pytest.raises(AdapterError, match="translation encoder is another one"):
+        ask(backbone, adapter, itself, Asking(max_length=64))

@@ -417,3 +417,9 @@ def test_a_graft_as_first_stage_needs_what_every_graft_needs(base: dict[str, Any
 def test_only_what_fuses_has_functions(base: dict[str, Any], name: str) -> None:
     with pytest.raises(UserError, match=name):
         planned(base, methods=[name])
+
+
+@pytest.mark.parametrize("path", ["../{from}.jsonl", "/etc/{from}", "a/../../{to}.jsonl"])
+def test_files_of_translations_stay_below_the_data_folder(base: dict[str, Any], path: str) -> None:
+    with pytest.raises(UserError, match="leads out of the data folder"):
+        planned(base, translation={"files": path})
