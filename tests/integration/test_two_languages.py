@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from lingraft import training, translation
-from lingraft.adapter import Adapter, content_digest
+from lingraft.adapter import Adapter
 from lingraft.config import load_experiment
 from lingraft.errors import AdapterError, DataError, Interrupted, LingraftError, RunFailed, StoreError, UserError
 from lingraft.fusion import attaching, cache
+from lingraft.fusion.stages import first_digest
 from lingraft.locating import locate
 from lingraft.plan import Plan, Step, make_plan
 from lingraft.report.results import results
@@ -210,7 +211,7 @@ def test_second_stages_differ_from_one_another_and_know_their_first(kind: str, f
         first = step.inputs["stage1"]
         assert first.kind == ("merge" if name == "flare-graft" else "train")
         notes = Adapter.load(folder_of(folder, step)).sidecar["second"]
-        assert notes["stage1"] == content_digest(folder_of(folder, first))
+        assert notes["stage1"] == first_digest(folder_of(folder, first))
         assert notes["language"] == "sw"
 
 

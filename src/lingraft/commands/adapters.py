@@ -14,7 +14,7 @@ from lingraft.divergence import Divergence
 from lingraft.errors import UserError
 from lingraft.families import GUARDS
 from lingraft.fitting import base_digest
-from lingraft.fusion.stages import FIRST
+from lingraft.fusion.stages import FIRST, first_digest
 from lingraft.layouts.common import WEIGHTS, read_sidecar
 from lingraft.merging import Combination, Graft, divergence_of, similarity
 from lingraft.store import appearing, write_json
@@ -225,7 +225,7 @@ def _two_stages(folder: Path, adapter: Adapter) -> dict[str, Any]:
     notes = adapter.sidecar.get("second")
     if not isinstance(notes, dict):
         return {}
-    there = content_digest(folder / FIRST) if (folder / FIRST / WEIGHTS).is_file() else None
+    there = first_digest(folder / FIRST) if (folder / FIRST / WEIGHTS).is_file() else None
     state = "missing" if there is None else "here" if there == notes.get("stage1") else f"another one here, {there}"
     return {"second": notes, "first_stage": state}
 

@@ -74,7 +74,7 @@ class SecondStage:
     def digest(self) -> str:
         """The first stage's digest."""
         assert self.first.path is not None
-        return _digest(self.first.path)
+        return first_digest(self.first.path)
 
     @property
     def reads(self) -> Form:
@@ -149,7 +149,7 @@ def second_stage(adapter: Adapter, cache: "StateCache | None" = None) -> SecondS
         or notes.get("form") not in (None, *get_args(Form))
     ):
         raise AdapterError("what the second stage is cannot be read", where=adapter.path / SIDECAR)
-    digest = _digest(adapter.path / FIRST)
+    digest = first_digest(adapter.path / FIRST)
     if notes.get("stage1") != digest:
         raise AdapterError(
             f"the first stage is another one than this adapter was trained on ({digest[:12]}…, not "
@@ -172,8 +172,8 @@ def second_stage(adapter: Adapter, cache: "StateCache | None" = None) -> SecondS
     )
 
 
-def _digest(folder: Path) -> str:
-    """Of an adapter's tensors and of its configuration, which says by what they are multiplied."""
+def first_digest(folder: Path) -> str:
+    """Of a first stage: its tensors, and its configuration, which says by what they are multiplied."""
     return digest_value([content_digest(folder), digest_file(folder / CONFIG)])
 
 
