@@ -26,7 +26,7 @@ def guessed_kind(name: str) -> Kind:
     words = name.lower()
     if "t5" in words:
         return "encoder-decoder"
-    return "encoder" if "bert" in words else "decoder"
+    return "encoder" if "bert" in words or words.partition("/")[2].startswith(("multilingual-e5", "e5-")) else "decoder"
 
 
 def kind_of(config: Mapping[str, Any]) -> Kind:

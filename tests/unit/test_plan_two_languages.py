@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
-from lingraft.config import Experiment, validated
+from lingraft.architectures import guessed_kind
+from lingraft.config import Experiment, load_experiment, validated
 from lingraft.errors import ConfigError, DataError, UserError
 from lingraft.locating import Located, locate
+from lingraft.methods import method
 from lingraft.plan import Plan, characters, make_plan
 from lingraft.plan.planner import Planner
 
@@ -423,3 +425,12 @@ def test_only_what_fuses_has_functions(base: dict[str, Any], name: str) -> None:
 def test_files_of_translations_stay_below_the_data_folder(base: dict[str, Any], path: str) -> None:
     with pytest.raises(UserError, match="leads out of the data folder"):
         planned(base, translation={"files": path})
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "recipes").glob("fusion-*.yaml")), ids=str)
+def test_recipes_of_two_languages_can_be_read(path: Path) -> None:
+    experiment = load_experiment(path)
+    assert all(method(name) for name in experiment.methods)
+    assert experiment.fusion_training is not None
+    expected = "encoder" if "e5" in path.stem else "decoder"
+    assert guessed_kind(experiment.backbone.model) == expected
