@@ -442,11 +442,12 @@ MASKED = Objective(_draw_masked, _summed_masked)
 # What is answered
 
 
-def _head(backbone: Backbone, adapter: Adapter | None, kinds: Sequence[HeadKind]) -> Head:
-    """The head of an adapter that can answer.
+def _answering(adapter: Adapter | None, kinds: Sequence[HeadKind]) -> tuple[Adapter, Head]:
+    """An adapter that can answer, and its head.
 
     Raises:
         UserError: There is none.
+        AdapterError: Its head is for something else.
     """
     if adapter is None:
         raise UserError(
@@ -459,7 +460,7 @@ def _head(backbone: Backbone, adapter: Adapter | None, kinds: Sequence[HeadKind]
             where=adapter.path,
             remedy="give one that was trained on the task",
         )
-    return head
+    return adapter, head
 
 
 def _answered(backbone: Backbone, model: Any, rows: Sequence[Row], kind: HeadKind) -> torch.Tensor:
@@ -538,9 +539,8 @@ def predict_choice(
     """
     if not examples:
         raise DataError("there is nothing to evaluate")
-    head = _head(backbone, adapter, ("classification", "multiple_choice"))
+    adapter, head = _answering(adapter, ("classification", "multiple_choice"))
     items = [_item(backbone, e, head, max_length, False) for e in examples]
-    assert adapter is not None
     logits = _read_all(backbone, adapter, head, items, batch_tokens, progress)
     found = []
     for example, rows, values in zip(examples, items, logits, strict=True):
@@ -583,9 +583,8 @@ def predict_span(
     """
     if not examples:
         raise DataError("there is nothing to evaluate")
-    head = _head(backbone, adapter, ("span",))
+    adapter, head = _answering(adapter, ("span",))
     items = [_item(backbone, e, head, max_length, True) for e in examples]
-    assert adapter is not None
     logits = _read_all(backbone, adapter, head, items, batch_tokens, progress)
     found = []
     for example, rows, values in zip(examples, items, logits, strict=True):

@@ -151,7 +151,7 @@ class Fuser:
         filler = next(row for row in rows if row is not None)
         read = [filler if row is None else row for row in rows]
         if self.translator is not None:
-            states, lengths = self._translated(read)
+            states, lengths = self._translated(read, self.translator)
         else:
             states, lengths = None, [len(row.ids) for row in read]
         columns = align(
@@ -211,10 +211,11 @@ class Fuser:
         finally:
             self._current = now
 
-    def _translated(self, rows: Sequence[Counterpart]) -> tuple[Mapping[str, Any], list[int]]:
+    def _translated(
+        self, rows: Sequence[Counterpart], translator: "TranslationEncoder"
+    ) -> tuple[Mapping[str, Any], list[int]]:
         """The translation encoder's states of texts, through the projection: the same for every fused layer."""
-        assert self.translator is not None
-        states, mask = self.translator.states([row.text for row in rows])
+        states, mask = translator.states([row.text for row in rows])
         with self.backbone.autocast():
             found = self.extra["projection"](states.to(self.backbone.device).float())
         return dict.fromkeys(self.places, found), mask.sum(dim=1).tolist()

@@ -67,14 +67,24 @@ class SecondStage:
             raise AdapterError(
                 f"the first stage is {self.first.structure}, which cannot be merged into the weights", remedy="use LoRA"
             )
-        if "second" in self.first.sidecar or self.first.path is None:
+        if "second" in self.first.sidecar:
             raise AdapterError("a second stage cannot be the first of another", where=self.first.path)
+
+    @property
+    def place(self) -> Path:
+        """Where the first stage lies.
+
+        Raises:
+            AdapterError: It is not on disk.
+        """
+        if self.first.path is None:
+            raise AdapterError("the first stage must be an adapter on disk", remedy="save it first")
+        return self.first.path
 
     @property
     def digest(self) -> str:
         """The first stage's digest."""
-        assert self.first.path is not None
-        return first_digest(self.first.path)
+        return first_digest(self.place)
 
     @property
     def reads(self) -> Form:
@@ -101,11 +111,10 @@ class SecondStage:
 
     def write(self, folder: Path, extra: Mapping[str, "torch.Tensor"]) -> None:
         """Writes the first stage and tensors beyond LoRA's beside an adapter's files."""
-        assert self.first.path is not None
         (folder / FIRST).mkdir(exist_ok=True)
         for name in (CONFIG, WEIGHTS, SIDECAR):
-            if (self.first.path / name).exists():
-                shutil.copyfile(self.first.path / name, folder / FIRST / name)
+            if (self.place / name).exists():
+                shutil.copyfile(self.place / name, folder / FIRST / name)
         if extra:
             write_all(folder / TENSORS, {name: tensor.float().cpu().numpy() for name, tensor in extra.items()})
 
@@ -117,9 +126,8 @@ class SecondStage:
         """
         import torch
 
-        assert self.folder is not None
-        path = self.folder / TENSORS
-        if not path.is_file():
+        path = (self.folder or Path()) / TENSORS
+        if self.folder is None or not path.is_file():
             raise AdapterError(f"the file {TENSORS} is missing", where=self.folder, remedy="train the adapter again")
         saved = TensorFile(path)
         try:
