@@ -34,7 +34,7 @@ class Attended:
     causal: bool = False
 
     def mask(self, queries: int, keys: int, device: torch.device) -> torch.Tensor | None:
-        """batch (or 1) × 1 × queries × keys, True where attention may go; a column may always read itself."""
+        """batch (or 1) × queries × keys, True where attention may go; a column may always read itself."""
         if self.there is None and not self.causal:
             return None
         rows = torch.arange(queries, device=device)[:, None] + self.first
@@ -44,7 +44,7 @@ class Attended:
         )
         if self.causal:
             allowed = allowed & (columns <= rows)
-        return (allowed | (columns == rows)).reshape(-1, 1, queries, keys)
+        return (allowed | (columns == rows)).reshape(-1, queries, keys)
 
 
 class CrossAttention(torch.nn.Module):
@@ -73,8 +73,9 @@ class CrossAttention(torch.nn.Module):
             batch × columns × rank.
         """
         query, key, value = self.query(s), self.key(t), self.value(t)
+        # Written out: with so few dimensions torch's fused attention takes three times as long on a processor.
+        scores = query @ key.to(query.dtype).transpose(1, 2) * query.shape[-1] ** -0.5
         mask = attended.mask(query.shape[1], key.shape[1], query.device)
-        mixed = torch.nn.functional.scaled_dot_product_attention(
-            query[:, None], key[:, None].to(query.dtype), value[:, None].to(query.dtype), mask
-        )
-        return mixed[:, 0]
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return scores.softmax(-1).to(value.dtype) @ value
