@@ -73,7 +73,7 @@ class CrossAttention(torch.nn.Module):
             batch × columns × rank.
         """
         query, key, value = self.query(s), self.key(t), self.value(t)
-        # Written out: with so few dimensions torch's fused attention takes three times as long on a processor.
+        # Written out: with so few dimensions torch's fused attention takes longer on a processor.
         scores = query @ key.to(query.dtype).transpose(1, 2) * query.shape[-1] ** -0.5
         mask = attended.mask(query.shape[1], key.shape[1], query.device)
         if mask is not None:
