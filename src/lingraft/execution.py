@@ -33,7 +33,7 @@ from lingraft.predictions import (
 )
 from lingraft.store import Store, read_json, write_json
 from lingraft.tasks.items import Example, sampled, subset
-from lingraft.tasks.pairs import concatenated, paired
+from lingraft.tasks.pairs import all_concatenated, paired
 from lingraft.tasks.projection import projected_examples, projected_labels, shortened
 from lingraft.tasks.reference import reference_text
 from lingraft.tasks.sources import FileSource, bundled_or
@@ -145,7 +145,7 @@ class Session:
         missing = asked.get("missing", "error")
         found = paired(items, others, missing=missing, what=what, numbered=False if made else None).examples
         if asked["form"] == "concatenated":
-            return [concatenated(item) for item in found]
+            return all_concatenated(found)
         if asked["form"] == "alone":
             return [replace(item, source=None) for item in found]
         if asked["form"] == "itself":

@@ -16,7 +16,7 @@ from transformers import AlbertConfig, AlbertModel
 from lingraft.backbones import Backbone, peft_config
 from lingraft.config import AdapterConfig, BackboneConfig, MixupConfig
 from lingraft.encoding import LabelledSequence, Row, _logits
-from lingraft.errors import AdapterError, BackboneError, UserError
+from lingraft.errors import BackboneError, UserError
 from lingraft.fusion.xmixup import Mixup, Read, Texts, alignment, mixed, ratio, site_of
 from lingraft.fusion.xmixup_losses import labelled_loss, paired_loss
 from lingraft.heads import Head
@@ -154,7 +154,7 @@ def test_gradients_of_the_formulas() -> None:
 def test_a_layer_mixes_what_the_formulas_say(any_backbone: Backbone, layer: int | None) -> None:
     backbone, model = any_backbone, model_of(any_backbone)
     mixup = Mixup(backbone, MixupConfig(layer=layer, most=0.8))
-    mixup.load({"mixup.weight": torch.tensor(0.7), "mixup.bias": torch.tensor(-0.4)})
+    mixup.load_state_dict({"weight": torch.tensor(0.7), "bias": torch.tensor(-0.4)})
     with torch.no_grad():
         plain = mixup.read(model, texts(backbone, TARGETS))
         source, target = mixup.both(model, texts(backbone, SOURCES), texts(backbone, TARGETS))
@@ -371,17 +371,12 @@ def test_what_is_refused(tiny: Backbone, backbones: dict[str, Backbone], tmp_pat
         site_of(shared, None)
 
 
-def test_tensors_go_out_and_in(backbones: dict[str, Backbone]) -> None:
-    mixup = Mixup(backbones["bert"], MixupConfig())
-    assert {n: (float(t), t.dtype) for n, t in mixup.tensors().items()} == {
-        "mixup.weight": (1.0, torch.float32),
-        "mixup.bias": (0.0, torch.float32),
+def test_its_two_numbers_start_as_published(backbones: dict[str, Backbone]) -> None:
+    found = Mixup(backbones["bert"], MixupConfig()).state_dict()
+    assert {n: (float(t), t.dtype) for n, t in found.items()} == {
+        "weight": (1.0, torch.float32),
+        "bias": (0.0, torch.float32),
     }
-    mixup.load({"mixup.weight": torch.tensor(2.0), "mixup.bias": torch.tensor(3.0), "other": torch.zeros(5)})
-    assert [float(t) for t in mixup.tensors().values()] == [2.0, 3.0]
-    for wrong in ({}, {"mixup.weight": torch.zeros(2), "mixup.bias": torch.zeros(())}):
-        with pytest.raises(AdapterError, match="must be scalars"):
-            mixup.load(wrong)
 
 
 # The losses
@@ -560,7 +555,7 @@ def test_an_encoder_learns(backbones: dict[str, Backbone], name: str) -> None:
     assert losses[-1] < 0.2 * losses[0]
     assert answers == [label for label, _ in ITEMS]
     assert not [n for n in untouched if not n.endswith("key.bias")]
-    assert not torch.equal(mixup.tensors()["mixup.weight"], torch.ones(()))
+    assert not torch.equal(mixup.weight, torch.ones(()))
 
 
 def test_an_encoder_decoder_learns(backbones: dict[str, Backbone]) -> None:

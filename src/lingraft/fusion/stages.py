@@ -136,7 +136,7 @@ class SecondStage:
             raise AdapterError(f"the tensors of {TENSORS} do not fit", where=path, remedy=str(error)) from error
 
 
-def second_stage(adapter: Adapter, cache: "StateCache | None" = None) -> SecondStage | None:
+def second_stage(adapter: Adapter) -> SecondStage | None:
     """How an adapter was trained, if that was in two stages.
 
     Raises:
@@ -172,11 +172,10 @@ def second_stage(adapter: Adapter, cache: "StateCache | None" = None) -> SecondS
         validated(FusionConfig, notes["fusion"], where) if notes.get("fusion") is not None else None,
         validated(MixupConfig, notes["mixup"], where) if notes.get("mixup") is not None else None,
         str(notes.get("language", "")),
-        cache,
-        adapter.path,
-        notes.get("form"),
-        str(notes.get("source", "")),
-        str(notes.get("encoder", "")),
+        folder=adapter.path,
+        form=notes.get("form"),
+        source=str(notes.get("source", "")),
+        encoder=str(notes.get("encoder", "")),
     )
 
 

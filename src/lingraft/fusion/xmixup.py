@@ -9,7 +9,7 @@ with h_T and h_S the states of the two texts there, W the layer's own weights, a
 H is the alignment's entropy, read from both sides; μ is one number a text. w and b alone are new, and trained.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from lingraft.config import MixupConfig
-from lingraft.errors import AdapterError, BackboneError, UserError
+from lingraft.errors import BackboneError, UserError
 from lingraft.heads import HeadKind
 from lingraft.roles import layer_of, plays
 
@@ -183,24 +183,6 @@ class Mixup(torch.nn.Module):
         self.site = site_of(backbone.model, config.layer)
         self.weight = torch.nn.Parameter(torch.ones((), device=backbone.device))
         self.bias = torch.nn.Parameter(torch.zeros((), device=backbone.device))
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What is trained, by name."""
-        return {f"mixup.{name}": parameter.detach() for name, parameter in self.named_parameters()}
-
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Takes over what `tensors` gave.
-
-        Raises:
-            AdapterError: A tensor is missing, unknown or of another shape.
-        """
-        mine = {f"mixup.{name}": parameter for name, parameter in self.named_parameters()}
-        given = {name: tensor for name, tensor in tensors.items() if name.startswith("mixup.")}
-        if {n: t.shape for n, t in given.items()} != {n: p.shape for n, p in mine.items()}:
-            raise AdapterError(f"the tensors of X-Mixup must be scalars named {', '.join(sorted(mine))}")
-        with torch.no_grad():
-            for name, parameter in mine.items():
-                parameter.copy_(given[name])
 
     def mix(self, model: Any, own: torch.Tensor, there: torch.Tensor, source: Read) -> torch.Tensor:
         """The sub-layer's output, mixed (batch × length × width); texts without a source keep theirs."""

@@ -92,8 +92,7 @@ class TwoLanguages:
         graft = self.first_graft(row)
         first = planner.task_adapter(experiment.source, seed)
         if graft is not None:
-            first = planner.method_adapter(graft, language, seed)
-            assert first is not None
+            first = planner.method_adapter(graft, language, seed) or first
         fusion = (
             experiment.fusion
             if row.function is None
@@ -154,8 +153,7 @@ class TwoLanguages:
     def translation(self, language: str, into: str, split: str, *, answers: bool) -> Step:
         """A split's rows, translated by a model, with their answers or as what is asked alone."""
         planner, settings = self.planner, self.experiment.translation
-        assert settings.model is not None
-        model = settings.model.replace("{source}", language).replace("{target}", into)
+        model = (settings.model or "").replace("{source}", language).replace("{target}", into)
         config = {
             "task": planner.task.name,
             "language": language,
