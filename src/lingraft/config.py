@@ -50,7 +50,8 @@ _OF_FAMILY = {
     "lora": ("rank", "alpha", "dropout", "modules"),
     "ia3": ("modules",),
     "prefix": ("tokens",),
-    "bottleneck": ("reduction", "positions", "activation"),
+    "bottleneck": ("reduction", "positions", "activation", "invertible", "leave_out_last"),
+    "sparse": ("entries", "modules", "l1", "select", "first_epochs"),
 }
 """Which values of an adapter's configuration mean something to which structure."""
 
@@ -58,21 +59,44 @@ _OF_FAMILY = {
 class AdapterConfig(Config):
     """The structure of an adapter; values that another structure needs are refused."""
 
-    family: Literal["lora", "ia3", "prefix", "bottleneck"] = "lora"
+    family: Literal["lora", "ia3", "prefix", "bottleneck", "sparse"] = "lora"
     rank: int = Field(default=8, ge=1, le=4096, description="LoRA")
     alpha: float = Field(default=16, gt=0, description="LoRA: the update is alpha / rank times B·A")
     dropout: float = Field(default=0.05, ge=0, lt=1, description="LoRA")
     modules: str | tuple[str, ...] = Field(
         default="all",
         description="names and roles such as q_proj, attention.query; 'all': for LoRA all linear layers, for (IA)³ the "
-        "paper's: key, value, and the feed-forward output, whose input is scaled",
+        "paper's: key, value, and the feed-forward output, whose input is scaled; for sparse all weights but those of norms and "
+        "the output embedding",
     )
     tokens: int = Field(default=16, ge=1, le=4096, description="prefix: virtual tokens")
     reduction: float = Field(default=16, ge=1, description="bottleneck: the model's width over the bottleneck's")
-    positions: Literal["pfeiffer", "houlsby"] = Field(
-        default="pfeiffer", description="bottleneck: after the feed-forward part, or after attention too"
+    positions: Literal["pfeiffer", "houlsby", "madx"] = Field(
+        default="pfeiffer",
+        description="bottleneck: after the feed-forward part, or after attention too; madx: after the feed-forward part, and where "
+        "the model normalises sums behind it (BERT) reading the normalised sum, as its authors do",
     )
     activation: Literal["relu", "gelu", "silu", "tanh"] = Field(default="relu", description="bottleneck")
+    invertible: bool = Field(
+        default=False,
+        description="bottleneck: with an invertible coupling behind the embeddings, inverted before the output embedding (MAD-X's "
+        "language adapters); they are two folders",
+    )
+    leave_out_last: bool = Field(default=False, description="bottleneck: none in the last layer (MAD-X 2.0)")
+    entries: int = Field(
+        default=7_667_712, ge=1, description="sparse: K, how many numbers of the model change (LF-SFT's for a language)"
+    )
+    l1: float = Field(default=0.0, ge=0, description="sparse: λ of the penalty λ/N · ‖θ − θ0‖₁, N the model's parameters")
+    select: Literal["change", "gradient"] = Field(
+        default="change",
+        description="sparse: the entries that full fine-tuning moves most, or (not LF-SFT's way, in less memory) those of the "
+        "greatest summed gradients at θ0",
+    )
+    first_epochs: float | None = Field(
+        default=None, ge=0, description="sparse: epochs of the phase that selects; absent: as many as the second's"
+    )
+
+    later: ClassVar[frozenset[str]] = frozenset({"invertible", "leave_out_last"})
 
     @model_validator(mode="after")
     def _of_family(self) -> "AdapterConfig":
@@ -87,7 +111,8 @@ class AdapterConfig(Config):
     def key(self, *without: str) -> dict[str, Any]:
         """The values of this structure alone: what another one could have been does not make new work."""
         kept = {"family", *_OF_FAMILY[self.family]} - set(without)
-        return self.model_dump(mode="json", include=kept)
+        unset = {name for name in self.later if getattr(self, name) == type(self).model_fields[name].default}
+        return self.model_dump(mode="json", include=kept - unset)
 
 
 class TrainingConfig(Config):

@@ -17,7 +17,7 @@ from lingraft.errors import AdapterError
 from lingraft.heads import Head, tensor_prefix
 from lingraft.layouts.common import PREFIX
 from lingraft.layouts.prefix import TENSOR, site_name
-from lingraft.modules import INITIAL_STD
+from lingraft.modules.bottleneck import INITIAL_STD
 from lingraft.prefixes import attention_shape, keys_and_values
 from lingraft.tasks.reference import bundled_text
 

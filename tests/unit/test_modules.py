@@ -26,7 +26,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from lingraft import _peft_hook
 from lingraft.errors import AdapterError, ConfigError
-from lingraft.modules import ACTIVATIONS, BottleneckConfig, BottleneckLayer, BottleneckModel, register
+from lingraft.modules import register
+from lingraft.modules.bottleneck import ACTIVATIONS, BottleneckConfig, BottleneckLayer, BottleneckModel
 from tests.conftest import save_tiny_model
 
 DECODER = ["self_attn.o_proj", "mlp.down_proj"]

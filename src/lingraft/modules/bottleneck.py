@@ -7,8 +7,6 @@ arXiv:2005.00247) is a small network behind a sub-layer of the model, with y the
 
 It stands on the last linear layer of the sub-layer, whose output is y: in a Llama `self_attn.o_proj` and `mlp.down_proj`
 (both: Houlsby; the second alone: Pfeiffer). A sub-layer's output in this sense comes before the model adds its residual.
-
-PEFT's list of methods is a closed enumeration, its tables of methods are open: `register` enters a plain string there.
 """
 
 from collections.abc import Callable
@@ -18,7 +16,6 @@ from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -36,7 +33,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": nn.functional.silu,
     "tanh": torch.tanh,
 }
-POSITIONS = ("houlsby", "pfeiffer")
+POSITIONS = ("houlsby", "pfeiffer", "madx")
 
 
 @dataclass
@@ -214,17 +211,6 @@ class BottleneckModel(BaseTuner):
         raise _not_mergeable()
 
 
-def register() -> None:
-    """Tells PEFT of bottleneck adapters; telling it twice changes nothing."""
-    tables: list[tuple[dict[Any, Any], Any]] = [
-        (PEFT_TYPE_TO_CONFIG_MAPPING, BottleneckConfig),
-        (PEFT_TYPE_TO_TUNER_MAPPING, BottleneckModel),
-        (PEFT_TYPE_TO_PREFIX_MAPPING, PREFIX),
-    ]
-    for table, entry in tables:
-        table[PEFT_TYPE] = entry
-
-
 def _width(layer: nn.Module) -> int:
     """The width of a linear layer's output; transformers' `Conv1D` (GPT-2), a linear layer by another name, calls it nf."""
     for name in ("out_features", "nf"):
@@ -243,6 +229,3 @@ def _not_mergeable() -> AdapterError:
         remedy="keep the adapter attached; `unload` gives back the base model without it",
     )
 
-
-# `import lingraft` lets PEFT import this module (see `_peft_hook`); whoever imports it first is served as well.
-register()
