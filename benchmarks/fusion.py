@@ -33,9 +33,10 @@ from lingraft.fusion.attaching import put_on
 from lingraft.fusion.sources import states_of
 from lingraft.fusion.stages import SecondStage, second_adapter
 from lingraft.locating import locate
+from lingraft.stepping import batch_loss
 from lingraft.store import write_json
 from lingraft.structures import fresh
-from lingraft.training import batch_loss, train
+from lingraft.training import train
 
 LENGTHS = ((210, 165), (240, 190), (180, 150), (225, 170), (260, 210), (200, 160), (190, 150), (230, 185))
 """Target and source tokens: about those of XQuAD in German and English."""

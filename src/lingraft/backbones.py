@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from lingraft import roles
 from lingraft.adapter import Adapter
+from lingraft.attaching import TOP, Part, load, part, peft_config, settle, stacked, tensors_of
 from lingraft.errors import AdapterError, BackboneError, MissingExtra, UserError
 from lingraft.fitting import base_digest
 from lingraft.heads import AUTO_CLASSES, Head, head_of
-from lingraft.layouts.prefix import TENSOR
 from lingraft.locating import Located, architecture_of, materialise
+from lingraft.stacks import Adapters, as_stack, check_stack
 
 if TYPE_CHECKING:
     import torch
@@ -162,9 +163,14 @@ class Backbone:
 
     def hidden(self, input_ids: "torch.Tensor", attention_mask: "torch.Tensor") -> "torch.Tensor":
         """The states before the output embedding (batch × length × width), adapters included."""
-        return self.model.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
+        return self._before_output(
+            self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        )
+
+    def _before_output(self, states: "torch.Tensor") -> "torch.Tensor":
+        """What the output embedding itself gets: a coupling behind the embeddings is inverted in front of it."""
+        inverse = getattr(self.model.get_output_embeddings(), "inverse", None)
+        return states if inverse is None else inverse(states)
 
     @property
     def softcap(self) -> float | None:
@@ -280,7 +286,7 @@ class Backbone:
                 f"the architecture {type(model).__name__} has a language model's head that lingraft does not know",
                 remedy="take a labelled reference task: reference.task=task",
             )
-        return lambda states: found(model, states), output.weight, output.bias
+        return lambda states: self._before_output(found(model, states)), output.weight, output.bias
 
     def _check_masked_head(self) -> None:
         """As `_check_head`: states through the transform and the output embedding must be the model's own logits."""
@@ -350,11 +356,17 @@ class Backbone:
         states = model.get_decoder()(
             input_ids=decoder_ids, encoder_hidden_states=read, encoder_attention_mask=attention_mask, use_cache=False
         ).last_hidden_state
-        return states * self.scale if self.scale != 1 else states
+        return self._before_output(states * self.scale if self.scale != 1 else states)
 
     @contextmanager
     def attached(
-        self, peft_config: Any, tensors: Mapping[str, "torch.Tensor"] | None = None, head: Head | None = None
+        self,
+        peft_config: Any,
+        tensors: Mapping[str, "torch.Tensor"] | None = None,
+        head: Head | None = None,
+        beneath: Sequence[Part] = (),
+        *,
+        merged: bool = False,
     ) -> Iterator[Any]:
         """Attaches a PEFT adapter and takes it off again; the base is the same before and after.
 
@@ -362,6 +374,8 @@ class Backbone:
             peft_config: A PEFT configuration.
             tensors: The adapter's tensors by PEFT's names, those of a head among them; None: PEFT's initial ones.
             head: The head of an encoder; None: its language model.
+            beneath: Adapters it stands on, the lowest first.
+            merged: A sparse difference is added into the weights meanwhile.
 
         Yields:
             The PEFT model.
@@ -373,65 +387,74 @@ class Backbone:
 
         from lingraft.prefixes import in_front
 
-        model, heads = self.model, ()
-        if head is not None and head.trained:
-            headed = self.headed(head)
-            model, heads = headed.model, headed.modules
-        own = {path: model.get_submodule(path) for path in heads}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # get_peft_model wants the task of a prefix, of which PEFT has no name for some.
-            plain = peft_config.is_prompt_learning and peft_config.task_type is None
-            wrapped: Any = PeftModel(model, peft_config) if plain else get_peft_model(model, peft_config)
-        learned = getattr(wrapped, "prompt_encoder", None)
-        try:
+        with self.bare(head) as model, stacked(model, beneath) as names:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                # get_peft_model wants the task of a prefix, of which PEFT has no name for some.
+                plain = peft_config.is_prompt_learning and peft_config.task_type is None
+                wrapped: Any = PeftModel(model, peft_config) if plain else get_peft_model(model, peft_config)
             if tensors is not None:
-                _load(wrapped, tensors)
+                load(wrapped, tensors)
+            settle(model, [*names, TOP], beneath, merged=[*names, TOP] if merged else names)
+            learned = getattr(wrapped, "prompt_encoder", None)
             if learned is None:
                 yield wrapped
             else:
                 with in_front(model, learned.to(self.device)["default"].embedding.weight):
                     yield wrapped
+
+    @contextmanager
+    def bare(self, head: Head | None = None) -> Iterator[Any]:
+        """The model that adapters are put on; afterwards it is in evaluation mode, frozen, and its head the one it had."""
+        model, heads = self.model, ()
+        if head is not None and head.trained:
+            headed = self.headed(head)
+            model, heads = headed.model, headed.modules
+        own = {path: model.get_submodule(path) for path in heads}
+        try:
+            yield model
         finally:
             for path, module in own.items():  # PEFT trained a copy, and would leave it there.
                 parent, _, name = path.rpartition(".")
                 setattr(model.get_submodule(parent), name, module)
-            _unload(model)
             model.eval().requires_grad_(False)
-            # PEFT leaves its notes on the base model; the next adapter must not be told of a second one.
-            model.__dict__.pop("peft_config", None)
 
     @contextmanager
-    def with_adapter(self, adapter: Adapter | None, head: Head | None = None) -> Iterator[Any]:
-        """The base with an adapter on it, in evaluation mode; None: the base alone.
+    def with_adapter(self, adapter: Adapters, head: Head | None = None) -> Iterator[Any]:
+        """The base with an adapter on it, or several that stand on one another, in evaluation mode; None: the base alone.
 
         Args:
-            adapter: The adapter.
-            head: The head of an encoder; None: the one the adapter was trained with.
+            adapter: The adapter, or adapters, the lowest first.
+            head: The head of an encoder; None: the one the top adapter was trained with.
 
         Yields:
             The PEFT model, or None.
 
         Raises:
-            AdapterError: The adapter belongs to another base model.
+            AdapterError: The adapter belongs to another base model, or the adapters cannot stand on one another.
         """
-        if adapter is None:
+        stack = as_stack(adapter)
+        if not stack:
             self.model.eval()
             yield None
             return
-        import numpy as np
-        import torch
-
-        self._check_belongs(adapter)
-        arrays = {**dict(adapter.tensors()), **{name: read() for name, read in adapter.others.items()}}
-        tensors = {n: torch.from_numpy(np.array(a, dtype=_readable(a.dtype))) for n, a in arrays.items()}
+        check_stack(stack)
+        for one in stack:
+            self.check_belongs(one)
+        *lower, top = stack
         if self.kind == "encoder" and head is None:
-            head = head_of(adapter)
-        with self.attached(peft_config(adapter.peft_config), tensors, head) as wrapped:
+            head = head_of(top)
+        beneath = [part(one) for one in lower]
+        with self.attached(peft_config(top.peft_config), tensors_of(top), head, beneath, merged=True) as wrapped:
             wrapped.eval()
             yield wrapped
 
-    def _check_belongs(self, adapter: Adapter) -> None:
+    def check_belongs(self, adapter: Adapter) -> None:
+        """Makes sure that an adapter was trained on this base model, where it says on which.
+
+        Raises:
+            AdapterError: It was not.
+        """
         theirs = base_digest(adapter)
         if theirs and theirs != self.digest:
             raise AdapterError(
@@ -454,7 +477,7 @@ class Backbone:
 
         if adapter.structure != "lora":
             raise AdapterError(f"{adapter.structure} cannot be merged into the weights", where=adapter.path)
-        self._check_belongs(adapter)
+        self.check_belongs(adapter)
         kept: dict[str, torch.Tensor] = {}
         handles: list[Any] = []
         try:
@@ -592,73 +615,6 @@ def _adding(a: "torch.Tensor", b: "torch.Tensor") -> Any:
         return out + (args[0].to(a.dtype) @ a.T @ b.T).to(out.dtype)
 
     return hook
-
-
-def _unload(model: Any) -> None:
-    """Puts the layers back that an adapter was put around; PEFT's own way refuses (IA)³ on a quantised base."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for path, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, module.get_base_layer())
-
-
-def _load(wrapped: Any, tensors: Mapping[str, "torch.Tensor"]) -> None:
-    """Puts tensors into a PEFT model.
-
-    Raises:
-        AdapterError: A tensor fits nowhere or has another shape, or a place gets none.
-    """
-    from peft import set_peft_model_state_dict
-
-    remedy = "use the base model the adapter was trained on"
-    try:
-        result = set_peft_model_state_dict(wrapped, dict(tensors))
-    except KeyError as error:  # PEFT looks a head's tensors up by name.
-        raise AdapterError(f"the adapter lacks a tensor of its head: {error.args[0]}", remedy=remedy) from error
-    except RuntimeError as error:
-        if "size mismatch" not in str(error):
-            raise
-        raise AdapterError(
-            "the adapter does not fit this base model: a tensor has another shape", remedy=remedy
-        ) from error
-    marker = getattr(wrapped.base_model, "prefix", None)
-    missing = [k for k in result.missing_keys if marker and marker in k]
-    # PEFT takes a prefix out of what it is given, and then says that it did not expect it.
-    wrong = [*(k for k in result.unexpected_keys if k != TENSOR), *missing]
-    if wrong:
-        raise AdapterError(
-            f"the adapter does not fit this base model: {len(wrong)} tensors, first {wrong[0]}", remedy=remedy
-        )
-
-
-def peft_config(values: Mapping[str, Any]) -> Any:
-    """PEFT's configuration object; fields that this version of PEFT does not have are left out.
-
-    Raises:
-        AdapterError: PEFT and lingraft know no modules for the structure.
-    """
-    import dataclasses
-
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-
-    from lingraft.modules import register
-
-    register()
-    kind: Any = values["peft_type"]
-    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING or kind not in PEFT_TYPE_TO_TUNER_MAPPING:
-        raise AdapterError(f"an adapter of the type {kind} can be merged, but not yet put on a model")
-    made = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
-    known = {f.name for f in dataclasses.fields(made) if f.init} - {"peft_type"}
-    return made(**{k: v for k, v in values.items() if k in known})
-
-
-def _readable(dtype: Any) -> Any:
-    """A type that torch can take from numpy: bfloat16 goes by float32."""
-    import numpy as np
-
-    return np.float32 if dtype.kind == "V" or dtype.name == "bfloat16" else dtype
 
 
 def _device(name: str) -> str:

@@ -238,11 +238,18 @@ def _source_options(function: Callable[..., Any]) -> Callable[..., Any]:
     "--adapter",
     default="lora",
     show_default=True,
-    type=click.Choice(["lora", "ia3", "prefix", "bottleneck"]),
+    type=click.Choice(["lora", "ia3", "prefix", "bottleneck", "sparse"]),
     help="The adapter's structure; adapter.… values set the rest.",
 )
 @click.option("--seed", default=0, show_default=True)
 @click.option("--start-from", type=FOLDER, help="An adapter to go on from.")
+@click.option(
+    "--beneath",
+    type=FOLDER,
+    multiple=True,
+    help="An adapter that stays on the base, frozen, while this one is trained on top of it: a language adapter (MAD-X) or a "
+    "sparse difference (LF-SFT). Repeated: the lowest first.",
+)
 @click.option(
     "--first-stage", type=FOLDER, help="A LoRA, on top of which a second stage is trained that reads two languages."
 )
@@ -271,7 +278,13 @@ def train(**options: Any) -> Any:
 
 @main.command()
 @_model_options
-@click.option("--adapter", type=FOLDER, help="Folder of an adapter; absent: the base model alone.")
+@click.option(
+    "--adapter",
+    type=FOLDER,
+    multiple=True,
+    help="Folder of an adapter; repeated: a stack, the lowest first (language adapter, then task adapter). Absent: the base model "
+    "alone.",
+)
 @click.option("--split", default="test", show_default=True)
 @click.option("--limit", type=click.IntRange(min=1), help="So many items, the same in every language.")
 @click.option(

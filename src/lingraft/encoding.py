@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from lingraft.adapter import Adapter
 from lingraft.backbones import Backbone
 from lingraft.batching import Counterpart, encoder_inputs
 from lingraft.errors import AdapterError, BackboneError, DataError, UserError
@@ -22,6 +21,7 @@ from lingraft.fusion.xmixup_losses import labelled_loss
 from lingraft.heads import Head, HeadKind, head_of
 from lingraft.losses import Drawn, Objective, summed_cross_entropy
 from lingraft.metrics import Generated, Prediction
+from lingraft.stacks import Adapters, as_stack
 from lingraft.tasks.items import Example
 
 MASKED_SHARE = 0.15
@@ -442,25 +442,26 @@ MASKED = Objective(_draw_masked, _summed_masked)
 # What is answered
 
 
-def _answering(adapter: Adapter | None, kinds: Sequence[HeadKind]) -> tuple[Adapter, Head]:
-    """An adapter that can answer, and its head.
+def _head(adapter: Adapters, kinds: Sequence[HeadKind]) -> Head:
+    """The head that the adapter on top answers with.
 
     Raises:
         UserError: There is none.
         AdapterError: Its head is for something else.
     """
-    if adapter is None:
+    stack = as_stack(adapter)
+    if not stack:
         raise UserError(
             "an encoder without a task head says nothing", remedy="leave out the methods that have no adapter (vanilla)"
         )
-    head = head_of(adapter)
+    head = head_of(stack[-1])
     if head.kind not in kinds:
         raise AdapterError(
             f"this adapter has a head for {head.kind}, not for {' or '.join(kinds)}",
-            where=adapter.path,
+            where=stack[-1].path,
             remedy="give one that was trained on the task",
         )
-    return adapter, head
+    return head
 
 
 def _answered(backbone: Backbone, model: Any, rows: Sequence[Row], kind: HeadKind) -> torch.Tensor:
@@ -483,7 +484,7 @@ def _batches(
 
 def _read_all(
     backbone: Backbone,
-    adapter: Adapter,
+    adapter: Adapters,
     head: Head,
     items: Sequence[Sequence[Row]],
     batch_tokens: int,
@@ -512,7 +513,7 @@ def _shown(example: Example) -> str:
 
 def predict_choice(
     backbone: Backbone,
-    adapter: Adapter | None,
+    adapter: Adapters,
     examples: Sequence[Example],
     *,
     max_length: int = 512,
@@ -539,7 +540,7 @@ def predict_choice(
     """
     if not examples:
         raise DataError("there is nothing to evaluate")
-    adapter, head = _answering(adapter, ("classification", "multiple_choice"))
+    head = _head(adapter, ("classification", "multiple_choice"))
     items = [_item(backbone, e, head, max_length, False) for e in examples]
     logits = _read_all(backbone, adapter, head, items, batch_tokens, progress)
     found = []
@@ -552,7 +553,7 @@ def predict_choice(
 
 def predict_span(
     backbone: Backbone,
-    adapter: Adapter | None,
+    adapter: Adapters,
     examples: Sequence[Example],
     *,
     max_length: int = 384,
@@ -583,7 +584,7 @@ def predict_span(
     """
     if not examples:
         raise DataError("there is nothing to evaluate")
-    adapter, head = _answering(adapter, ("span",))
+    head = _head(adapter, ("span",))
     items = [_item(backbone, e, head, max_length, True) for e in examples]
     logits = _read_all(backbone, adapter, head, items, batch_tokens, progress)
     found = []

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from lingraft import encoding, generation, likelihood, transduction
-from lingraft.adapter import Adapter
 from lingraft.backbones import Backbone
 from lingraft.errors import DataError, UserError
 from lingraft.fusion.attaching import with_adapter
 from lingraft.metrics import Generated, Prediction
 from lingraft.predictions import score, write_evaluation
+from lingraft.stacks import Adapters, load_stack
 from lingraft.tasks.items import Example
 
 Progress = Callable[[int, int], None]
@@ -47,7 +47,7 @@ class Asking:
 
 def predict(
     backbone: Backbone,
-    adapter: Adapter | None,
+    adapter: Adapters,
     examples: Sequence[Example],
     *,
     scoring: str = "auto",
@@ -59,7 +59,7 @@ def predict(
 
     Args:
         backbone: The base model.
-        adapter: The adapter to put on it, or None.
+        adapter: The adapter to put on it, a stack of them, the lowest first, or None.
         examples: The items.
         scoring: As `Asking.scoring`: `first_token`, `sequence` or `auto`.
         max_length: As `Asking.max_length`.
@@ -83,7 +83,7 @@ def predict(
 
 def ask(
     backbone: Backbone,
-    adapter: Adapter | None,
+    adapter: Adapters,
     examples: Sequence[Example],
     asking: Asking | None = None,
     progress: Progress | None = None,
@@ -92,7 +92,7 @@ def ask(
 
     Args:
         backbone: The base model.
-        adapter: The adapter to put on it, or None.
+        adapter: The adapter to put on it, a stack of them, the lowest first, or None.
         examples: The items.
         asking: How they are asked.
         progress: Called with the items or rows done and their number in all.
@@ -131,7 +131,7 @@ def ask(
 
 def _transduced(
     backbone: Backbone,
-    adapter: Adapter | None,
+    adapter: Adapters,
     examples: Sequence[Example],
     asking: Asking,
     choice: bool,
@@ -204,7 +204,7 @@ def right(example: Example) -> tuple[str, ...]:
 
 
 def text_log_likelihood(
-    backbone: Backbone, adapter: Adapter | None, texts: Sequence[str], *, max_length: int = 1024, batch: int = 32
+    backbone: Backbone, adapter: Adapters, texts: Sequence[str], *, max_length: int = 1024, batch: int = 32
 ) -> tuple[float, int]:
     """How likely a model, with or without an adapter, finds texts; see `likelihood.text_log_likelihood`."""
     with with_adapter(backbone, adapter), torch.inference_mode():
@@ -213,7 +213,7 @@ def text_log_likelihood(
 
 def evaluate(
     backbone: Backbone,
-    adapter: Adapter | str | Path | None,
+    adapter: Adapters | str | Path,
     examples: Sequence[Example],
     folder: Path | None = None,
     **options: Any,
@@ -222,7 +222,7 @@ def evaluate(
 
     Args:
         backbone: The base model.
-        adapter: An adapter, its folder, or None for the base alone.
+        adapter: An adapter, a stack, the folder of either, or None for the base alone.
         examples: The items.
         folder: Where to write; must exist.
         **options: As for `predict`.
@@ -230,7 +230,7 @@ def evaluate(
     Returns:
         The scores; see `score`.
     """
-    loaded = Adapter.load(adapter) if isinstance(adapter, str | Path) else adapter
+    loaded = load_stack([adapter]) if isinstance(adapter, str | Path) else adapter
     predictions = predict(backbone, loaded, examples, **options)
     if folder is None:
         return score(predictions)

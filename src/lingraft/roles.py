@@ -104,6 +104,14 @@ def plays_any(module: str) -> bool:
     return any(_ends_with(module, end) for ends in ROLES.values() for end in ends)
 
 
+_BEHIND = ("output.LayerNorm", "output_layer_norm", "full_layer_layer_norm")
+
+
+def ends_feed_forward(module: str) -> bool:
+    """Whether a module, given by its path, is the norm of the sum of a feed-forward part and its residual (post-norm layouts)."""
+    return any(_ends_with(module, end) for end in _BEHIND) and not _ends_with(module, "attention.output.LayerNorm")
+
+
 def layer_of(module: str) -> int | None:
     """The number of the layer a module stands in: the first number of its path."""
     return next((int(part) for part in module.split(".") if part.isdecimal()), None)

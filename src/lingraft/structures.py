@@ -29,8 +29,11 @@ IA3_ROLES = ("attention.key", "attention.value", "feed_forward.output")
 BOTTLENECK_ROLES = {
     "pfeiffer": ("feed_forward.output",),
     "houlsby": ("attention.output", "feed_forward.output"),
+    "madx": ("feed_forward.output",),
 }
 """The layers whose output a bottleneck adapter changes, before the residual is added."""
+COUPLING_SHARE = 4
+"""MAD-X's coupling maps half of an embedding's width to a quarter of it and back."""
 Fresh = tuple[dict[str, Any], dict[str, torch.Tensor]]
 """PEFT's configuration, and the initial tensors by PEFT's names, in float32."""
 
@@ -50,13 +53,66 @@ def fresh(backbone: "Backbone", config: AdapterConfig, seed: int, head: Head | N
         BackboneError: The checkpoint has no such head, and it cannot be trained.
     """
     made, tensors = _MAKERS[config.family](backbone, config, seed)
+    return _for_a_task(backbone, config.family, seed, head, made, tensors)
+
+
+def fresh_coupling(backbone: "Backbone", config: AdapterConfig, seed: int) -> Fresh:
+    """The untrained coupling of a language adapter: behind the embeddings, inverted before the output embedding (MAD-X).
+
+    Nearly no change: all matrices are Gaussian and small, the biases zero.
+
+    Raises:
+        AdapterError: The base has no embeddings, or no output embedding, that it could stand on.
+    """
+    places, width = _embeddings(backbone)
+    size = max(1, width // COUPLING_SHARE)
+    found: dict[str, torch.Tensor] = {}
+    for net in "FG":
+        rng = _drawn(f"coupling {net}", backbone, places[0], size, seed)
+        for name, shape in (("down", (size, width // 2)), ("up", (width // 2, size))):
+            values = rng.normal(0, INITIAL_STD, size=shape).astype(np.float32)
+            found[f"{PREFIX}{places[0]}.invertible_{net}_{name}.weight"] = torch.from_numpy(values)
+            found[f"{PREFIX}{places[0]}.invertible_{net}_{name}.bias"] = torch.zeros(shape[0])
+    made = {
+        "peft_type": "INVERTIBLE",
+        "target_modules": places,
+        "coupling_size": size,
+        "activation": config.activation,
+    }
+    return _for_a_task(backbone, "invertible", seed, None, made, found)
+
+
+def _embeddings(backbone: "Backbone") -> tuple[list[str], int]:
+    """The paths of the modules that make embeddings, and the width of what the output embedding reads."""
+    model: Any = backbone.model
+    names = [name for name, _ in model.named_modules()]
+    if backbone.kind == "encoder":
+        found = [f"{model.base_model_prefix}.embeddings"]
+    elif backbone.kind == "decoder":
+        found = [name for name, module in model.named_modules() if module is model.get_input_embeddings()]
+    else:
+        found = [name for name in names if name.endswith(".embed_tokens")]
+    output = model.get_output_embeddings()
+    if not set(found) & set(names) or output is None:
+        raise AdapterError(
+            f"{type(model).__name__} has no embeddings that a coupling could stand on",
+            where=backbone.located.name,
+            remedy="train a language adapter without one: adapter.invertible=false",
+        )
+    return found, int(output.weight.shape[1])
+
+
+def _for_a_task(
+    backbone: "Backbone", structure: str, seed: int, head: Head | None, made: dict[str, Any], tensors: Any
+) -> Fresh:
+    """Adds what PEFT is told of the base and the task, and the head where one is trained."""
     task = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}.get(backbone.kind)
     if head is not None:
         task, modules, drawn = head.task_type, backbone.headed(head).modules, _head(backbone, head, seed)
         if modules:
             # PEFT finds modules by the ends of their paths.
             made["modules_to_save"] = [path.rsplit(".", 1)[-1] for path in modules]
-            start = tensor_prefix(config.family)
+            start = tensor_prefix(structure)
             tensors = {**tensors, **{f"{start}{name}": tensor for name, tensor in drawn.items()}}
     return {**made, "task_type": task, "base_model_name_or_path": backbone.located.name}, tensors
 
@@ -149,11 +205,12 @@ def _prefix(backbone: "Backbone", config: AdapterConfig, seed: int) -> Fresh:
 
 def _bottleneck(backbone: "Backbone", config: AdapterConfig, seed: int) -> Fresh:
     """Both matrices Gaussian and small, as in MAD-X: nearly no change, and of full rank, so that they can be inverted."""
-    modules = backbone.target_modules(BOTTLENECK_ROLES[config.positions])
+    modules = _behind(backbone, config)
     found: dict[str, torch.Tensor] = {}
     sizes: dict[str, int] = {}
     for module in modules:
-        _, width = _sizes(backbone, module)
+        layer: Any = backbone.model.get_submodule(module)
+        width = int(layer.weight.shape[0]) if layer.weight.dim() == 1 else _sizes(backbone, module)[1]
         sizes[module] = size = max(1, int(width / config.reduction))
         rng = _drawn("init", backbone, module, size, seed)
         for name, shape in (("down", (size, width)), ("up", (width, size))):
@@ -172,4 +229,40 @@ def _bottleneck(backbone: "Backbone", config: AdapterConfig, seed: int) -> Fresh
     return made, found
 
 
-_MAKERS = {"lora": _lora, "ia3": _ia3, "prefix": _prefix, "bottleneck": _bottleneck}
+def _behind(backbone: "Backbone", config: AdapterConfig) -> list[str]:
+    """The modules that bottlenecks stand on.
+
+    MAD-X's read the normalised sum of the feed-forward part and its residual where the model makes one (post-norm encoders):
+    there they stand on that norm.
+
+    Raises:
+        AdapterError: Without the last layer there are none.
+    """
+    norms = [name for name, _ in backbone.model.named_modules() if roles.ends_feed_forward(name)]
+    if config.positions == "madx" and backbone.kind == "encoder" and norms:
+        modules = sorted(norms)
+    else:
+        modules = backbone.target_modules(BOTTLENECK_ROLES[config.positions])
+    if config.leave_out_last:
+        last: dict[str, int] = {}
+        for module in modules:  # By stack: an encoder-decoder has two.
+            stack, number = module.split(".", 1)[0], roles.layer_of(module) or 0
+            last[stack] = max(number, last.get(stack, 0))
+        modules = [m for m in modules if (roles.layer_of(m) or 0) < last[m.split(".", 1)[0]]]
+        if not modules:
+            raise AdapterError(
+                "without the last layer there is no layer left", remedy="use adapter.leave_out_last=false"
+            )
+    return modules
+
+
+def _sparse(backbone: "Backbone", config: AdapterConfig, seed: int) -> Fresh:
+    """Nothing: a sparse difference starts at the base's own weights, and which of them change is not known yet."""
+    from lingraft.differences import trainable_weights
+
+    found = trainable_weights(backbone, config.modules)
+    modules = dict.fromkeys(site.removesuffix(".bias") for site in found)
+    return {"peft_type": "SPARSE", "target_modules": list(modules), "entries": {}}, {}
+
+
+_MAKERS = {"lora": _lora, "ia3": _ia3, "prefix": _prefix, "bottleneck": _bottleneck, "sparse": _sparse}

@@ -1,58 +1,33 @@
-"""Training an adapter: accelerate and one short loop with our own loss, batches and exact resume.
-
-Everything random is a function of (seed, step): the order of the examples, dropout, the positions that take a loss. So a
-checkpoint is tensors and a step number, and a training that was killed goes on to the very bytes of one that was not.
-"""
+"""Training an adapter, or the parts of one, on a base model that nothing else changes."""
 
 import hashlib
 import json
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from peft import get_peft_model_state_dict
 
 from lingraft import __version__
 from lingraft.adapter import Adapter
-from lingraft.backbones import Backbone, environment, peft_config
-from lingraft.batching import TokenSequence, batches, derived_seed, loss_positions, micro_batches, steps_of
+from lingraft.attaching import Part, part, peft_config
+from lingraft.backbones import Backbone, environment
 from lingraft.config import AdapterConfig, TrainingConfig
-from lingraft.encoding import LABELLED, MASKED, LabelledSequence, MaskedSequence
-from lingraft.errors import AdapterError, LingraftError, UserError
-from lingraft.fusion.attaching import fusing, put_on
+from lingraft.errors import AdapterError, UserError
+from lingraft.fusion.attaching import put_on
 from lingraft.fusion.stages import SecondStage
 from lingraft.heads import Head
+from lingraft.layouts import layout_of
 from lingraft.layouts.common import CONFIG, SIDECAR, WEIGHTS
-from lingraft.losses import Drawn, Objective, summed_cross_entropy
+from lingraft.stacks import check_stack, described, write_note
+from lingraft.stepping import CHECKPOINT, Progress, learn, objective_of
 from lingraft.store import write_json
-from lingraft.structures import fresh
-from lingraft.tensors import TensorFile, write_all
-from lingraft.transduction import CORRUPTED, PAIRED, CorruptedSequence, PairSequence
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
-CHECKPOINT = "checkpoint.safetensors"
-METRICS = "metrics.jsonl"
-Progress = Callable[[int, int, float], None]
-"""Called with the steps done, the steps in all, and the loss."""
-
-
-def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
-    """The rate at a step (counted from 0): linear warm-up, then cosine, linear or constant."""
-    warm = math.ceil(config.warmup * total)
-    if step < warm:
-        return config.learning_rate * (step + 1) / warm
-    share = (step - warm) / max(1, total - warm)
-    factor = {"cosine": 0.5 * (1 + math.cos(math.pi * share)), "linear": 1 - share, "constant": 1.0}[config.schedule]
-    return config.learning_rate * factor
+from lingraft.structures import fresh, fresh_coupling
+from lingraft.tensors import write_all
 
 
 def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
@@ -62,94 +37,6 @@ def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensors[name].detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _next_tokens(backbone: Backbone, chosen: Sequence[TokenSequence], share: float, seed: int) -> list[Drawn]:
-    """With every sequence the positions whose next token takes a loss."""
-    positions = loss_positions(chosen, share, seed)
-    return [Drawn((s, where), len(where), len(s.ids)) for s, where in zip(chosen, positions, strict=True)]
-
-
-def _summed_next_tokens(backbone: Backbone, model: Any, part: Sequence[Drawn]) -> torch.Tensor:
-    """Summed cross-entropy over the positions given; padding stands on the right, where a causal model does not look."""
-    chosen, positions = [d.item[0] for d in part], [d.item[1] for d in part]
-    width = max(len(s.ids) for s in chosen)
-    ids = torch.full((len(chosen), width), backbone.pad_id, dtype=torch.long)
-    attention = torch.zeros_like(ids)
-    for row, sequence in enumerate(chosen):
-        ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
-        attention[row, : len(sequence.ids)] = 1
-    ids = ids.to(backbone.device)
-    answers = [len(s.ids) - s.start for s in chosen]
-    beside = fusing(backbone, [s.source for s in chosen], [s.start for s in chosen], written=answers)
-    with backbone.autocast(), beside:
-        states = backbone.hidden(ids, attention.to(backbone.device))
-    rows = torch.from_numpy(np.repeat(np.arange(len(chosen)), [len(p) for p in positions])).to(backbone.device)
-    columns = torch.from_numpy(np.concatenate(positions)).to(backbone.device)
-    weight = backbone.model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
-    return summed_cross_entropy(states[rows, columns], weight, ids[rows, columns + 1], backbone.softcap)
-
-
-_OBJECTIVES: dict[type, tuple[str, Objective]] = {
-    TokenSequence: ("decoder", Objective(_next_tokens, _summed_next_tokens)),
-    LabelledSequence: ("encoder", LABELLED),
-    MaskedSequence: ("encoder", MASKED),
-    PairSequence: ("encoder-decoder", PAIRED),
-    CorruptedSequence: ("encoder-decoder", CORRUPTED),
-}
-"""By the type of the sequences, which models can learn from them, and how."""
-
-
-def _objective(backbone: Backbone, sequences: Sequence[Any]) -> Objective:
-    """How a model learns from sequences.
-
-    Raises:
-        UserError: They are not for this kind of model.
-    """
-    kind, found = _OBJECTIVES[type(sequences[0])]
-    if kind != backbone.kind:
-        wanted, given = (f"{'a' if name == 'decoder' else 'an'} {name}" for name in (kind, backbone.kind))
-        raise UserError(f"these sequences are for {wanted}, and {backbone.located.name} is {given}")
-    return found
-
-
-def _length(sequence: Any) -> int:
-    return len(sequence.ids) if isinstance(sequence, TokenSequence) else sequence.length
-
-
-def batch_loss(
-    backbone: Backbone,
-    chosen: Sequence[Any],
-    *,
-    share: float = 1.0,
-    seed: int = 0,
-    backward: Callable[[torch.Tensor], None] | None = None,
-    model: Any = None,
-) -> float:
-    """Mean cross-entropy of a batch over what takes a loss; computed in parts of near-equal length.
-
-    Args:
-        backbone: The model, its adapter attached.
-        chosen: The batch, of sequences of one type.
-        share: The share of positions that take a loss, in causal language modelling.
-        seed: Draws them, or the positions that are masked.
-        backward: Called with every part's share of the loss; the gradients add up.
-        model: Of an encoder, the model with its head; None: its language model.
-    """
-    objective, model = _objective(backbone, chosen), backbone.model if model is None else model
-    drawn = objective.draw(backbone, chosen, share, seed)
-    count = sum(d.terms for d in drawn)
-    if count == 0:  # a batch of empty lines
-        return 0.0
-    total = 0.0
-    for part in micro_batches([d.length for d in drawn]):
-        if not any(drawn[i].terms for i in part):
-            continue
-        loss = objective.summed(backbone, model, [drawn[i] for i in part]) / count
-        total += float(loss.detach())
-        if backward is not None:
-            backward(loss)
-    return total
 
 
 def train(
@@ -163,6 +50,7 @@ def train(
     seed: int = 0,
     start_from: Path | None = None,
     second: SecondStage | None = None,
+    beneath: Sequence[Adapter] = (),
     provenance: dict[str, Any] | None = None,
     trackers: Sequence[str] = (),
     progress: Progress | None = None,
@@ -170,7 +58,8 @@ def train(
 ) -> dict[str, Any]:
     """Trains an adapter and writes it, in PEFT's layout, into a folder that exists.
 
-    Run again on a folder that holds a checkpoint, it goes on from there.
+    Run again on a folder that holds a checkpoint, it goes on from there. A language adapter (`adapter.invertible`) is two
+    adapters, learned together and written into a stack folder (`lingraft.stacks`).
 
     Args:
         backbone: The frozen base model.
@@ -183,6 +72,7 @@ def train(
         seed: Initial weights, order, dropout and drawn positions.
         start_from: An adapter to go on from, instead of the initial weights.
         second: What is trained is a second stage on top of this first one; an encoder's head goes on from the first's.
+        beneath: Adapters on the base, frozen, the lowest first: what is trained stands on them (MAD-X, LF-SFT).
         provenance: Written to the sidecar.
         trackers: accelerate's trackers, such as `tensorboard`; they write below `out/trackers`.
         progress: Called after every step.
@@ -192,57 +82,157 @@ def train(
         Steps, tokens, seconds, the last loss and the numeric environment.
 
     Raises:
-        AdapterError: The adapter to start from does not fit.
-        UserError: The sequences are not for this kind of model.
+        AdapterError: The adapter to start from does not fit, or what is beneath.
+        UserError: The sequences are not for this kind of model, or the structure cannot be trained so.
         BackboneError: An encoder's checkpoint has no language model to be trained with.
         LingraftError: The loss became NaN or infinite.
     """
     adapter, training = adapter or AdapterConfig(), training or TrainingConfig()
+    objective_of(backbone, sequences)
     if backbone.kind == "encoder" and head is None:
-        _objective(backbone, sequences)
         head = getattr(sequences[0], "head", Head("masked_lm"))
+    _check(adapter, beneath, start_from, second)
+    for one in beneath:
+        backbone.check_belongs(one)
     made, tensors = fresh(backbone, adapter, seed, head)
-    heads, saved = _of_head(made, tensors), sorted(made.get("modules_to_save", ()))
+    heads = _of_head(made, tensors)
     # Adapters that are merged must have started alike; heads are not merged.
     init_hash = hash_tensors({name: t for name, t in tensors.items() if name not in heads})
     if start_from is not None:
         tensors = _tensors_of(start_from, tensors, heads)
     if second is not None:
         tensors = tensors | _heads_of(second.first, tensors, heads)
-    config = peft_config(made)
-    extra: dict[str, torch.Tensor] = {}
-    with ExitStack() as stack:
-        if second is not None:
-            stack.enter_context(backbone.merged(second.first))
-        model = stack.enter_context(backbone.attached(config, tensors, head))
-        if second is not None:
-            further = stack.enter_context(put_on(backbone, model, second, seed=seed))
-            if backbone.fuser is not None and backbone.fuser.translator is not None:
-                second = replace(second, encoder=backbone.fuser.translator.digest)
-            extra = dict(further.state_dict()) if further is not None else {}  # The tensors themselves, not copies.
-        model.train()
-        summary = _loop(backbone, model, sequences, out, training, seed, trackers, progress, checkpoint_seconds)
-        final = {name: t.detach().float().cpu().numpy() for name, t in get_peft_model_state_dict(model).items()}
-    write_all(out / WEIGHTS, final)
-    if second is not None:
-        second.write(out, extra)
-    names = {field: _names(backbone, made[field], head) for field in _MODULES if field in made}
-    if saved:  # PEFT adds names of its own.
-        names["modules_to_save"] = saved
-    _write_config(out / CONFIG, config, names)
-    sidecar = {
-        "format": 1,
-        "kind": "adapter",
-        "family": adapter.family,
+    notes: dict[str, Any] = {
         "backbone": {"name": backbone.located.name, "digest": backbone.digest},
-        "init_sha256": init_hash,
-        **({"head": head.as_dict()} if head is not None else {}),
-        **({"second": second.notes()} if second is not None else {}),
+        **({"beneath": described(beneath)} if beneath else {}),
         "provenance": {"how": "train", "seed": seed, "lingraft": __version__, **(provenance or {})},
     }
-    write_json(out / SIDECAR, sidecar)
+    own: dict[str, Any] = {"init_sha256": init_hash, **({"head": head.as_dict()} if head is not None else {})}
+    watched: dict[str, Any] = {"trackers": trackers, "progress": progress, "checkpoint_seconds": checkpoint_seconds}
+    parts = [part(one) for one in beneath]
+    if adapter.family == "sparse":
+        from lingraft import lottery
+
+        learned = lottery.learn_difference(
+            backbone, head, tensors, parts, sequences, out, adapter, training, seed, **watched
+        )
+        summary = learned.summary
+        made |= {"target_modules": learned.modules, "entries": learned.entries}
+        _write(out, backbone, made, learned.tensors, {**notes, **own}, head)
+    elif adapter.invertible:
+        summary = _train_two(backbone, head, made, tensors, parts, sequences, out, adapter, training, seed, watched, notes)
+    else:
+        extra: dict[str, torch.Tensor] = {}
+        with ExitStack() as stack:
+            if second is not None:
+                stack.enter_context(backbone.merged(second.first))
+            model = stack.enter_context(backbone.attached(peft_config(made), tensors, head, parts))
+            if second is not None:
+                further = stack.enter_context(put_on(backbone, model, second, seed=seed))
+                if backbone.fuser is not None and backbone.fuser.translator is not None:
+                    second = replace(second, encoder=backbone.fuser.translator.digest)
+                extra = dict(further.state_dict()) if further is not None else {}  # The tensors themselves, not copies.
+            summary = _learn(backbone, model, sequences, out, training, seed, watched)
+            final = _arrays(get_peft_model_state_dict(model))
+        if second is not None:
+            second.write(out, extra)
+            own["second"] = second.notes()
+        _write(out, backbone, made, final, {**notes, **own}, head)
     (out / CHECKPOINT).unlink(missing_ok=True)
     return {**summary, "environment": environment(backbone)}
+
+
+def _check(adapter: AdapterConfig, beneath: Sequence[Adapter], start_from: Path | None, second: Any) -> None:
+    """Refuses what cannot be trained together.
+
+    Raises:
+        UserError: There is some of it.
+        AdapterError: What is beneath cannot stand below.
+    """
+    check_stack(beneath)
+    several = adapter.invertible or adapter.family == "sparse"
+    if several and (start_from is not None or second is not None):
+        what = "a language adapter with a coupling" if adapter.invertible else "a sparse difference"
+        raise UserError(f"{what} starts anew, on the base or on what is beneath", remedy="leave --start-from out")
+    if second is not None and beneath:
+        raise UserError("a second stage stands on its first one alone", remedy="leave --beneath out")
+    if adapter.family == "sparse" and any(one.structure != "sparse" for one in beneath):
+        raise UserError(
+            "a sparse difference changes the base's own weights: only others of its kind can be beneath",
+            remedy="leave --beneath out, or train another structure",
+        )
+    if adapter.invertible and any(one.structure == "invertible" for one in beneath):
+        raise UserError("there is a coupling behind the embeddings already", remedy="leave --beneath out")
+
+
+def _learn(
+    backbone: Backbone,
+    model: Any,
+    sequences: Sequence[Any],
+    out: Path,
+    training: TrainingConfig,
+    seed: int,
+    watched: dict[str, Any],
+) -> dict[str, Any]:
+    """Trains all of a PEFT model's parameters that are not frozen."""
+    model.train()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return learn(backbone, model.get_base_model(), parameters, sequences, out, training, seed, **watched)
+
+
+def _train_two(
+    backbone: Backbone,
+    head: Head | None,
+    made: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    parts: list[Part],
+    sequences: Sequence[Any],
+    out: Path,
+    adapter: AdapterConfig,
+    training: TrainingConfig,
+    seed: int,
+    watched: dict[str, Any],
+    notes: dict[str, Any],
+) -> dict[str, Any]:
+    """Trains bottlenecks and a coupling together, and writes them as the parts of a stack, the coupling the lower one."""
+    coupling, start = fresh_coupling(backbone, adapter, seed)
+    both = [*parts, Part(peft_config(coupling), start, trained=True)]
+    with backbone.attached(peft_config(made), tensors, head, both) as model:
+        summary = _learn(backbone, model, sequences, out, training, seed, watched)
+        final = _arrays(get_peft_model_state_dict(model))
+        name = f"beneath{len(parts)}"
+        lower = {n.replace(f".{name}", "", 1): p for n, p in model.named_parameters() if f".{name}." in n}
+    written = {"invertible": (coupling, _arrays(lower), start), "bottleneck": (made, final, tensors)}
+    for folder, (config, arrays, initial) in written.items():
+        (out / folder).mkdir(exist_ok=True)
+        own = {"init_sha256": hash_tensors(initial), **({"head": head.as_dict()} if head is not None else {})}
+        _write(out / folder, backbone, config, arrays, {**notes, **own}, head)
+    write_note(out, list(written), {"family": "madx", **notes})
+    return summary
+
+
+def _arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+    """On the processor, floats in float32."""
+    found = {name: t.detach().cpu() for name, t in tensors.items()}
+    return {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in found.items()}
+
+
+def _write(
+    folder: Path,
+    backbone: Backbone,
+    made: dict[str, Any],
+    arrays: Mapping[str, np.ndarray[Any, Any]],
+    notes: dict[str, Any],
+    head: Head | None,
+) -> None:
+    """Writes an adapter in PEFT's layout, with lingraft's notes beside it."""
+    write_all(folder / WEIGHTS, dict(arrays))
+    names = {field: _names(backbone, made[field], head) for field in _MODULES if field in made}
+    if "modules_to_save" in made:  # PEFT adds names of its own.
+        names["modules_to_save"] = sorted(made["modules_to_save"])
+    _write_config(folder / CONFIG, peft_config(made), names)
+    family = layout_of(made, folder / CONFIG).structure
+    write_json(folder / SIDECAR, {"format": 1, "kind": "adapter", "family": family, **notes})
 
 
 _MODULES = ("target_modules", "feedforward_modules")
@@ -254,11 +244,9 @@ def _names(backbone: Backbone, modules: Sequence[str], head: Head | None = None)
     On an encoder it must name just them under every head, whose layers PEFT would adapt as well.
     """
     leaves = sorted({module.rsplit(".", 1)[-1] for module in modules})
-    if head is not None:
-        models = (backbone.model, backbone.headed(head).model)
-        found = {n for m in models for n, _ in m.named_modules() if n.rsplit(".", 1)[-1] in leaves}
-        return leaves if found == set(modules) else list(modules)
-    return leaves if set(backbone.target_modules(tuple(leaves))) == set(modules) else list(modules)
+    models = (backbone.model,) if head is None else (backbone.model, backbone.headed(head).model)
+    found = {n for m in models for n, _ in m.named_modules() if n.rsplit(".", 1)[-1] in leaves}
+    return leaves if found == set(modules) else list(modules)
 
 
 def _of_head(made: dict[str, Any], tensors: dict[str, torch.Tensor]) -> set[str]:
@@ -294,153 +282,3 @@ def _heads_of(adapter: Adapter, like: dict[str, torch.Tensor], heads: set[str]) 
     return {name: tensor for name, tensor in sorted(known.items()) if tensor.shape == like[name].shape}
 
 
-def _loop(
-    backbone: Backbone,
-    model: Any,
-    sequences: Sequence[Any],
-    out: Path,
-    config: TrainingConfig,
-    seed: int,
-    trackers: Sequence[str],
-    progress: Progress | None,
-    checkpoint_seconds: float,
-) -> dict[str, Any]:
-    accelerator = _accelerator(trackers, out)
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    prepared = accelerator.prepare_optimizer(optimizer)
-    total = steps_of(len(sequences), config)
-    done, spent, tokens = _resume(out, parameters, optimizer)
-    lengths, headed = [_length(s) for s in sequences], model.get_base_model()
-    began = last_saved = time.monotonic()
-    loss_value = float("nan")
-    with (out / METRICS).open("a", encoding="utf-8") as log:
-        for step, indices in _schedule(lengths, config, seed, done, total):
-            # Dropout draws from the global state: set from (seed, step), it needs no place in a checkpoint.
-            torch.manual_seed(derived_seed("step", seed, step))
-            chosen = [sequences[i] for i in indices]
-            drawn = derived_seed("positions", seed, step)
-            loss_value = batch_loss(
-                backbone, chosen, share=config.loss_positions, seed=drawn, backward=accelerator.backward, model=headed
-            )
-            if not math.isfinite(loss_value):
-                raise LingraftError(
-                    f"the loss became {loss_value} at step {step + 1} of {total}",
-                    remedy="lower the learning rate or use float32",
-                )
-            norm = float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), config.clip))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, total, config)
-            prepared.step()
-            prepared.zero_grad(set_to_none=True)
-            tokens += sum(lengths[i] for i in indices)
-            note = {
-                "step": step + 1,
-                "loss": loss_value,
-                "gradient_norm": norm,
-                "learning_rate": group["lr"],
-                "tokens": tokens,
-            }
-            log.write(json.dumps(note) + "\n")
-            if trackers:
-                accelerator.log({k: v for k, v in note.items() if k != "step"}, step=step + 1)
-            if progress is not None:
-                progress(step + 1, total, loss_value)
-            if time.monotonic() - last_saved > checkpoint_seconds and step + 1 < total:
-                log.flush()
-                _save(out, parameters, optimizer, step + 1, spent + time.monotonic() - began, tokens)
-                last_saved = time.monotonic()
-    if trackers:
-        accelerator.end_training()
-    return {
-        "steps": total,
-        "tokens": tokens,
-        "seconds": round(spent + time.monotonic() - began, 2),
-        "loss": _last_loss(out),
-    }
-
-
-def _accelerator(trackers: Sequence[str], out: Path) -> Accelerator:
-    if not trackers:
-        return Accelerator()
-    try:
-        accelerator = Accelerator(log_with=list(trackers), project_dir=str(out / "trackers"))
-        accelerator.init_trackers("lingraft")
-    except (ValueError, ImportError) as error:
-        raise UserError(
-            f"a tracker cannot be started: {error}", remedy="install its package, or leave trackers out"
-        ) from error
-    return accelerator
-
-
-def _schedule(
-    lengths: Sequence[int], config: TrainingConfig, seed: int, done: int, total: int
-) -> Iterator[tuple[int, list[int]]]:
-    """Step numbers and batches from `done` on."""
-    per_epoch = math.ceil(len(lengths) / config.batch_size)
-    step = done
-    while step < total:
-        epoch, offset = divmod(step, per_epoch)
-        for indices in batches(lengths, config, seed, epoch)[offset:]:
-            if step >= total:
-                return
-            yield step, indices
-            step += 1
-
-
-def _save(
-    out: Path,
-    parameters: dict[str, torch.nn.Parameter],
-    optimizer: "Optimizer",
-    step: int,
-    seconds: float,
-    tokens: int,
-) -> None:
-    if not optimizer.state:  # nothing has been learned yet
-        return
-    tensors: dict[str, np.ndarray[Any, Any]] = {}
-    for name, parameter in parameters.items():
-        tensors[f"parameter/{name}"] = parameter.detach().cpu().numpy()
-        # A parameter that no gradient has reached yet, such as an expert no token was sent to, has no state.
-        if state := optimizer.state.get(parameter):
-            tensors[f"mean/{name}"] = state["exp_avg"].cpu().numpy()
-            tensors[f"variance/{name}"] = state["exp_avg_sq"].cpu().numpy()
-            tensors[f"updates/{name}"] = state["step"].cpu().numpy().reshape(1)
-    partial = out / f".{CHECKPOINT}"
-    write_all(partial, tensors, {"step": str(step), "seconds": f"{seconds:.3f}", "tokens": str(tokens)})
-    partial.replace(out / CHECKPOINT)
-
-
-def _resume(out: Path, parameters: dict[str, torch.nn.Parameter], optimizer: "Optimizer") -> tuple[int, float, int]:
-    """Loads the last checkpoint, if there is one; steps that were logged after it are taken out of the log."""
-    (out / f".{CHECKPOINT}").unlink(missing_ok=True)
-    if not (out / CHECKPOINT).exists():
-        (out / METRICS).unlink(missing_ok=True)
-        return 0, 0.0, 0
-    saved = TensorFile(out / CHECKPOINT)
-    step = int(saved.metadata["step"])
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-
-            def read(part: str, name: str = name) -> torch.Tensor:
-                return torch.from_numpy(np.array(saved.read(f"{part}/{name}")))
-
-            parameter.copy_(read("parameter").to(parameter.device))
-            if f"mean/{name}" in saved.names:
-                optimizer.state[parameter] = {
-                    "step": read("updates")[0],
-                    "exp_avg": read("mean").to(parameter.device),
-                    "exp_avg_sq": read("variance").to(parameter.device),
-                }
-    lines = (out / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)[:step]
-    (out / METRICS).write_text("".join(lines), encoding="utf-8")
-    return step, float(saved.metadata["seconds"]), int(saved.metadata["tokens"])
-
-
-def _last_loss(out: Path) -> float | None:
-    """Mean loss of the last tenth of the steps, from the log: one batch alone says little."""
-    lines = (out / METRICS).read_text(encoding="utf-8").splitlines()
-    if not lines:
-        return None
-    tail = [json.loads(line)["loss"] for line in lines[-max(1, len(lines) // 10) :]]
-    return sum(tail) / len(tail)

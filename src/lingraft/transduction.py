@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from lingraft.adapter import Adapter
 from lingraft.backbones import Backbone
 from lingraft.batching import Counterpart, cut
 from lingraft.encoding import Encoded
@@ -18,6 +17,7 @@ from lingraft.fusion.xmixup import Texts
 from lingraft.fusion.xmixup_losses import paired_loss
 from lingraft.losses import Drawn, Objective, project, summed_cross_entropy
 from lingraft.metrics import Generated, Prediction
+from lingraft.stacks import Adapters
 from lingraft.tasks.items import Example
 
 NOISE_SHARE, MEAN_SPAN = 0.15, 3
@@ -329,7 +329,7 @@ def _log_likelihoods(
 
 def predict_choice(
     backbone: Backbone,
-    adapter: Adapter | None,
+    adapter: Adapters,
     examples: Sequence[Example],
     *,
     normalised: bool = False,
@@ -382,7 +382,7 @@ def predict_choice(
 
 def generate(
     backbone: Backbone,
-    adapter: Adapter | None,
+    adapter: Adapters,
     examples: Sequence[Example],
     *,
     max_input: int = 1024,

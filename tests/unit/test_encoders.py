@@ -35,9 +35,10 @@ from lingraft.layouts.prefix import TENSOR
 from lingraft.locating import architecture_of, locate
 from lingraft.merging import Graft
 from lingraft.prefixes import _ATTENDING
+from lingraft.stepping import batch_loss
 from lingraft.structures import fresh
 from lingraft.tasks.items import Example
-from lingraft.training import batch_loss, hash_tensors, train
+from lingraft.training import hash_tensors, train
 from tests.conftest import save_tiny_model
 
 STRUCTURES = {

@@ -24,9 +24,10 @@ from lingraft.fusion.sources import align, points
 from lingraft.fusion.stages import SecondStage, second_adapter, second_stage
 from lingraft.heads import Head
 from lingraft.locating import locate
+from lingraft.stepping import batch_loss
 from lingraft.tasks.items import Example
 from lingraft.tasks.pairs import concatenated
-from lingraft.training import batch_loss, train
+from lingraft.training import train
 from tests.conftest import save_tiny_model
 
 DECODERS = ("llama", "gemma3_text", "qwen2")

@@ -24,8 +24,9 @@ from lingraft.locating import locate
 from lingraft.merging import Combination, Graft
 from lingraft.prefixes import keys_and_values, refusal
 from lingraft.roles import plays_any, select
+from lingraft.stepping import batch_loss
 from lingraft.structures import IA3_ROLES, fresh
-from lingraft.training import _names, batch_loss, hash_tensors, train
+from lingraft.training import _names, hash_tensors, train
 from tests.conftest import save_tiny_model
 from tests.unit.adapters import PREFIX, numbers_of
 
@@ -689,7 +690,6 @@ def test_what_another_structure_could_have_been_makes_no_new_key() -> None:
         {"family": "bottleneck", "reduction": 0.5},
         {"family": "bottleneck", "positions": "parallel"},
         {"family": "bottleneck", "activation": "gleu"},
-        {"family": "sparse"},
     ],
     ids=str,
 )

@@ -23,9 +23,10 @@ from lingraft.batching import (
 )
 from lingraft.config import AdapterConfig, TrainingConfig
 from lingraft.errors import AdapterError, DataError, LingraftError, UserError
+from lingraft.stepping import METRICS, _resume, _save, batch_loss, learning_rate
 from lingraft.structures import fresh
 from lingraft.tasks.items import Example
-from lingraft.training import METRICS, _resume, _save, batch_loss, hash_tensors, learning_rate, train
+from lingraft.training import hash_tensors, train
 
 SMALL = AdapterConfig(rank=2, dropout=0.1)
 EXAMPLES = [
@@ -90,7 +91,7 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(tiny: Backbone, monkeyp
             return [p.grad.clone() for p in parameters]
 
     parts = gradients()
-    monkeypatch.setattr("lingraft.training.micro_batches", lambda lengths: [list(range(len(lengths)))])
+    monkeypatch.setattr("lingraft.stepping.micro_batches", lambda lengths: [list(range(len(lengths)))])
     for ours, whole in zip(parts, gradients(), strict=True):
         assert torch.allclose(ours, whole, rtol=1e-4, atol=1e-7)
 

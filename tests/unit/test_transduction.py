@@ -17,9 +17,10 @@ from lingraft.errors import AdapterError, BackboneError, DataError, UserError
 from lingraft.heads import Head
 from lingraft.locating import locate
 from lingraft.merging import Graft
+from lingraft.stepping import batch_loss
 from lingraft.structures import fresh
 from lingraft.tasks.items import Example
-from lingraft.training import batch_loss, train
+from lingraft.training import train
 from lingraft.transduction import (
     PairSequence,
     answer_sequences,

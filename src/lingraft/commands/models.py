@@ -27,6 +27,7 @@ from lingraft.config import (
 from lingraft.digests import digest_file
 from lingraft.errors import ConfigError, UserError, suggestion
 from lingraft.fusion.stages import TENSORS, SecondStage, second_adapter, second_stage
+from lingraft.stacks import is_stack, load_stack, stack_digest
 
 if TYPE_CHECKING:
     from lingraft.tasks.task import Task
@@ -198,6 +199,7 @@ def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options:
         items = subset(items, values.limit)
         if options["second"] == "concatenated":  # Two texts in one input need the room of two.
             values = values.model_copy(update={"max_length": 2 * values.max_length})
+    beneath = load_stack(options["beneath"])
     located = _backbone(options)
     from lingraft.backbones import Backbone, training_stack
 
@@ -223,6 +225,7 @@ def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options:
         "training": values.key(),
         "seed": options["seed"],
         "start_from": str(options["start_from"]) if options["start_from"] else None,
+        **({"beneath": [stack_digest(folder) for folder in options["beneath"]]} if beneath else {}),
     }
     with appearing(out, record) as work, Watcher(as_json) as watcher:
         backbone = Backbone(located)
@@ -244,6 +247,7 @@ def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options:
             seed=options["seed"],
             start_from=options["start_from"],
             second=second,
+            beneath=beneath,
             provenance={**known, "task": options["task"], **counts},
             progress=lambda done, total, loss: watcher.progress(done, total, f"loss {loss:.3f}"),
             head=head,
@@ -289,10 +293,15 @@ def _asked_beside(
     return counterparts(stage.reads, task, options["split"], data_dir, options, stage.source or SOURCE, remedy)
 
 
-def _adapter_record(folder: Path | None, stage: SecondStage | None) -> dict[str, Any]:
-    """What of an adapter can change a result."""
-    if folder is None or stage is None:
-        return {"adapter": None if folder is None else content_digest(folder)}
+def _adapter_record(folders: Sequence[Path], stage: SecondStage | None) -> dict[str, Any]:
+    """What of adapters can change a result."""
+    if not folders:
+        return {"adapter": None}
+    if len(folders) > 1 or is_stack(folders[0]):
+        return {"adapters": [stack_digest(folder) for folder in folders]}
+    folder = folders[0]
+    if stage is None:
+        return {"adapter": content_digest(folder)}
     further = folder / TENSORS
     return {
         "adapter": content_digest(folder),
@@ -317,8 +326,8 @@ def evaluate_model(out: Path, as_json: bool, **options: Any) -> dict[str, Any] |
     sources = task.sources(options["language"], split, data_dir)
     limit = options["limit"] or task.sample.get(split)
     examples = task.examples(sources, language=options["language"], prompt=prompt)
-    adapter = Adapter.load(options["adapter"]) if options["adapter"] else None
-    stage = None if adapter is None else second_stage(adapter)
+    adapters = load_stack(options["adapter"])
+    stage = second_stage(adapters[-1]) if adapters else None
     read = _asked_beside(stage, task, data_dir, options)
     examples, skipped = read.beside(
         examples, prompt, f"{task.name}, {split}: {options['language']} and {read.language}"
@@ -358,7 +367,7 @@ def evaluate_model(out: Path, as_json: bool, **options: Any) -> dict[str, Any] |
         watcher.begin(f"evaluate {task.name} {options['language']}")
         said = ask(
             Backbone(located),
-            adapter,
+            adapters,
             examples,
             Asking(
                 scoring=scoring,

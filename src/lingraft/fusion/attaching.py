@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from lingraft import roles
-from lingraft.adapter import Adapter
 from lingraft.backbones import Backbone
 from lingraft.batching import Counterpart, derived_seed
 from lingraft.config import FusionConfig
@@ -24,6 +23,7 @@ from lingraft.fusion.sources import Columns, Point, align, beside, evaluating, p
 from lingraft.fusion.stages import SecondStage, second_stage
 from lingraft.fusion.xmixup import Mixup
 from lingraft.heads import Head
+from lingraft.stacks import Adapters, as_stack
 
 if TYPE_CHECKING:
     from lingraft.fusion.translators import TranslationEncoder
@@ -405,16 +405,17 @@ def fused_modules(backbone: Backbone, fusion: FusionConfig, among: Sequence[str]
 
 
 @contextmanager
-def with_adapter(backbone: Backbone, adapter: Adapter | None, head: Head | None = None) -> Iterator[Any]:
-    """The base with an adapter on it, of one stage or of two; see `Backbone.with_adapter`."""
-    stage = None if adapter is None else second_stage(adapter)
-    if adapter is None or stage is None:
-        with backbone.with_adapter(adapter, head) as wrapped:
+def with_adapter(backbone: Backbone, adapter: Adapters, head: Head | None = None) -> Iterator[Any]:
+    """The base with an adapter on it, of one stage or of two, or with a stack; see `Backbone.with_adapter`."""
+    stack_of = as_stack(adapter)
+    stage = second_stage(stack_of[0]) if len(stack_of) == 1 else None
+    if stage is None:
+        with backbone.with_adapter(stack_of, head) as wrapped:
             yield wrapped
         return
     with ExitStack() as stack:
         stack.enter_context(backbone.merged(stage.first))
-        wrapped = stack.enter_context(backbone.with_adapter(adapter, head))
+        wrapped = stack.enter_context(backbone.with_adapter(stack_of, head))
         extra = stack.enter_context(put_on(backbone, wrapped, stage))
         if extra is not None:
             stage.load(extra)

@@ -1,0 +1,327 @@
+"""The loop of a training: batches, their loss, updates, and checkpoints from which it goes on exactly.
+
+Everything random is a function of (seed, step): the order of the examples, dropout, the positions that take a loss. So a
+checkpoint is tensors and a step number, and a training that was killed goes on to the very bytes of one that was not.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from lingraft.backbones import Backbone
+from lingraft.batching import TokenSequence, batches, derived_seed, loss_positions, micro_batches, steps_of
+from lingraft.config import TrainingConfig
+from lingraft.encoding import LABELLED, MASKED, LabelledSequence, MaskedSequence
+from lingraft.errors import LingraftError, UserError
+from lingraft.fusion.attaching import fusing
+from lingraft.losses import Drawn, Objective, summed_cross_entropy
+from lingraft.tensors import TensorFile, write_all
+from lingraft.transduction import CORRUPTED, PAIRED, CorruptedSequence, PairSequence
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+CHECKPOINT = "checkpoint.safetensors"
+METRICS = "metrics.jsonl"
+Progress = Callable[[int, int, float], None]
+"""Called with the steps done, the steps in all, and the loss."""
+
+
+def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
+    """The rate at a step (counted from 0): linear warm-up, then cosine, linear or constant."""
+    warm = math.ceil(config.warmup * total)
+    if step < warm:
+        return config.learning_rate * (step + 1) / warm
+    share = (step - warm) / max(1, total - warm)
+    factor = {"cosine": 0.5 * (1 + math.cos(math.pi * share)), "linear": 1 - share, "constant": 1.0}[config.schedule]
+    return config.learning_rate * factor
+
+
+def _next_tokens(backbone: Backbone, chosen: Sequence[TokenSequence], share: float, seed: int) -> list[Drawn]:
+    """With every sequence the positions whose next token takes a loss."""
+    positions = loss_positions(chosen, share, seed)
+    return [Drawn((s, where), len(where), len(s.ids)) for s, where in zip(chosen, positions, strict=True)]
+
+
+def _summed_next_tokens(backbone: Backbone, model: Any, part: Sequence[Drawn]) -> torch.Tensor:
+    """Summed cross-entropy over the positions given; padding stands on the right, where a causal model does not look."""
+    chosen, positions = [d.item[0] for d in part], [d.item[1] for d in part]
+    width = max(len(s.ids) for s in chosen)
+    ids = torch.full((len(chosen), width), backbone.pad_id, dtype=torch.long)
+    attention = torch.zeros_like(ids)
+    for row, sequence in enumerate(chosen):
+        ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
+        attention[row, : len(sequence.ids)] = 1
+    ids = ids.to(backbone.device)
+    answers = [len(s.ids) - s.start for s in chosen]
+    beside = fusing(backbone, [s.source for s in chosen], [s.start for s in chosen], written=answers)
+    with backbone.autocast(), beside:
+        states = backbone.hidden(ids, attention.to(backbone.device))
+    rows = torch.from_numpy(np.repeat(np.arange(len(chosen)), [len(p) for p in positions])).to(backbone.device)
+    columns = torch.from_numpy(np.concatenate(positions)).to(backbone.device)
+    weight = backbone.model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
+    return summed_cross_entropy(states[rows, columns], weight, ids[rows, columns + 1], backbone.softcap)
+
+
+_OBJECTIVES: dict[type, tuple[str, Objective]] = {
+    TokenSequence: ("decoder", Objective(_next_tokens, _summed_next_tokens)),
+    LabelledSequence: ("encoder", LABELLED),
+    MaskedSequence: ("encoder", MASKED),
+    PairSequence: ("encoder-decoder", PAIRED),
+    CorruptedSequence: ("encoder-decoder", CORRUPTED),
+}
+"""By the type of the sequences, which models can learn from them, and how."""
+
+
+def objective_of(backbone: Backbone, sequences: Sequence[Any]) -> Objective:
+    """How a model learns from sequences.
+
+    Raises:
+        UserError: They are not for this kind of model.
+    """
+    kind, found = _OBJECTIVES[type(sequences[0])]
+    if kind != backbone.kind:
+        wanted, given = (f"{'a' if name == 'decoder' else 'an'} {name}" for name in (kind, backbone.kind))
+        raise UserError(f"these sequences are for {wanted}, and {backbone.located.name} is {given}")
+    return found
+
+
+def _length(sequence: Any) -> int:
+    return len(sequence.ids) if isinstance(sequence, TokenSequence) else sequence.length
+
+
+def batch_loss(
+    backbone: Backbone,
+    chosen: Sequence[Any],
+    *,
+    share: float = 1.0,
+    seed: int = 0,
+    backward: Callable[[torch.Tensor], None] | None = None,
+    model: Any = None,
+) -> float:
+    """Mean cross-entropy of a batch over what takes a loss; computed in parts of near-equal length.
+
+    Args:
+        backbone: The model, its adapter attached.
+        chosen: The batch, of sequences of one type.
+        share: The share of positions that take a loss, in causal language modelling.
+        seed: Draws them, or the positions that are masked.
+        backward: Called with every part's share of the loss; the gradients add up.
+        model: Of an encoder, the model with its head; None: its language model.
+    """
+    objective, model = objective_of(backbone, chosen), backbone.model if model is None else model
+    drawn = objective.draw(backbone, chosen, share, seed)
+    count = sum(d.terms for d in drawn)
+    if count == 0:  # a batch of empty lines
+        return 0.0
+    total = 0.0
+    for part in micro_batches([d.length for d in drawn]):
+        if not any(drawn[i].terms for i in part):
+            continue
+        loss = objective.summed(backbone, model, [drawn[i] for i in part]) / count
+        total += float(loss.detach())
+        if backward is not None:
+            backward(loss)
+    return total
+
+
+def learn(
+    backbone: Backbone,
+    model: Any,
+    parameters: Mapping[str, torch.nn.Parameter],
+    sequences: Sequence[Any],
+    out: Path,
+    config: TrainingConfig,
+    seed: int,
+    *,
+    trackers: Sequence[str] = (),
+    progress: Progress | None = None,
+    checkpoint_seconds: float = 30.0,
+    before_update: Callable[[], None] | None = None,
+    after_update: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """Trains parameters, from a checkpoint if there is one.
+
+    Args:
+        backbone: The model, what is trained on it.
+        model: Of an encoder, the model with its head.
+        parameters: What is trained, by the names checkpoints have.
+        sequences: What to learn, all of one type.
+        out: The folder of the checkpoint and the log.
+        config: How it is trained.
+        seed: Order, dropout and drawn positions.
+        trackers: accelerate's trackers.
+        progress: Called after every step.
+        checkpoint_seconds: A checkpoint is due when so much time has passed, or twenty times what the last one took.
+        before_update: Called when a batch's gradients are there, before they are clipped.
+        after_update: Called when the parameters have changed, and when a checkpoint has been read.
+
+    Returns:
+        Steps, tokens, seconds and the last loss.
+
+    Raises:
+        LingraftError: The loss became NaN or infinite.
+    """
+    accelerator = _accelerator(trackers, out)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    prepared = accelerator.prepare_optimizer(optimizer)
+    total = steps_of(len(sequences), config)
+    done, spent, tokens = _resume(out, parameters, optimizer)
+    if done and after_update is not None:
+        after_update()
+    lengths = [_length(s) for s in sequences]
+    began = last_saved = time.monotonic()
+    due, loss_value = checkpoint_seconds, float("nan")
+    with (out / METRICS).open("a", encoding="utf-8") as log:
+        for step, indices in schedule(lengths, config, seed, done, total):
+            # Dropout draws from the global state: set from (seed, step), it needs no place in a checkpoint.
+            torch.manual_seed(derived_seed("step", seed, step))
+            chosen = [sequences[i] for i in indices]
+            drawn = derived_seed("positions", seed, step)
+            loss_value = batch_loss(
+                backbone, chosen, share=config.loss_positions, seed=drawn, backward=accelerator.backward, model=model
+            )
+            check_loss(loss_value, step, total)
+            if before_update is not None:
+                before_update()
+            norm = float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), config.clip))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, total, config)
+            prepared.step()
+            prepared.zero_grad(set_to_none=True)
+            if after_update is not None:
+                after_update()
+            tokens += sum(lengths[i] for i in indices)
+            note = {
+                "step": step + 1,
+                "loss": loss_value,
+                "gradient_norm": norm,
+                "learning_rate": group["lr"],
+                "tokens": tokens,
+            }
+            log.write(json.dumps(note) + "\n")
+            if trackers:
+                accelerator.log({k: v for k, v in note.items() if k != "step"}, step=step + 1)
+            if progress is not None:
+                progress(step + 1, total, loss_value)
+            if time.monotonic() - last_saved > due and step + 1 < total:
+                log.flush()
+                saving = time.monotonic()
+                _save(out, parameters, optimizer, step + 1, spent + saving - began, tokens)
+                last_saved = time.monotonic()
+                if checkpoint_seconds:  # 0: after every step, whatever it costs.
+                    due = max(checkpoint_seconds, 20 * (last_saved - saving))
+    if trackers:
+        accelerator.end_training()
+    return {
+        "steps": total,
+        "tokens": tokens,
+        "seconds": round(spent + time.monotonic() - began, 2),
+        "loss": _last_loss(out),
+    }
+
+
+def check_loss(value: float, step: int, total: int) -> None:
+    """Stops a training whose loss is no number.
+
+    Raises:
+        LingraftError: It is not.
+    """
+    if not math.isfinite(value):
+        raise LingraftError(
+            f"the loss became {value} at step {step + 1} of {total}",
+            remedy="lower the learning rate or use float32",
+        )
+
+
+def _accelerator(trackers: Sequence[str], out: Path) -> Accelerator:
+    if not trackers:
+        return Accelerator()
+    try:
+        accelerator = Accelerator(log_with=list(trackers), project_dir=str(out / "trackers"))
+        accelerator.init_trackers("lingraft")
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            f"a tracker cannot be started: {error}", remedy="install its package, or leave trackers out"
+        ) from error
+    return accelerator
+
+
+def schedule(
+    lengths: Sequence[int], config: TrainingConfig, seed: int, done: int, total: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Step numbers and batches from `done` on."""
+    per_epoch = math.ceil(len(lengths) / config.batch_size)
+    step = done
+    while step < total:
+        epoch, offset = divmod(step, per_epoch)
+        for indices in batches(lengths, config, seed, epoch)[offset:]:
+            if step >= total:
+                return
+            yield step, indices
+            step += 1
+
+
+def _save(
+    out: Path,
+    parameters: Mapping[str, torch.nn.Parameter],
+    optimizer: "Optimizer",
+    step: int,
+    seconds: float,
+    tokens: int,
+) -> None:
+    if not optimizer.state:  # nothing has been learned yet
+        return
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    for name, parameter in parameters.items():
+        tensors[f"parameter/{name}"] = parameter.detach().cpu().numpy()
+        # A parameter that no gradient has reached yet, such as an expert no token was sent to, has no state.
+        if state := optimizer.state.get(parameter):
+            tensors[f"mean/{name}"] = state["exp_avg"].cpu().numpy()
+            tensors[f"variance/{name}"] = state["exp_avg_sq"].cpu().numpy()
+            tensors[f"updates/{name}"] = state["step"].cpu().numpy().reshape(1)
+    partial = out / f".{CHECKPOINT}"
+    write_all(partial, tensors, {"step": str(step), "seconds": f"{seconds:.3f}", "tokens": str(tokens)})
+    partial.replace(out / CHECKPOINT)
+
+
+def _resume(out: Path, parameters: Mapping[str, torch.nn.Parameter], optimizer: "Optimizer") -> tuple[int, float, int]:
+    """Loads the last checkpoint, if there is one; steps that were logged after it are taken out of the log."""
+    (out / f".{CHECKPOINT}").unlink(missing_ok=True)
+    if not (out / CHECKPOINT).exists():
+        (out / METRICS).unlink(missing_ok=True)
+        return 0, 0.0, 0
+    saved = TensorFile(out / CHECKPOINT)
+    step = int(saved.metadata["step"])
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+
+            def read(part: str, name: str = name) -> torch.Tensor:
+                return torch.from_numpy(np.array(saved.read(f"{part}/{name}")))
+
+            parameter.copy_(read("parameter").to(parameter.device))
+            if f"mean/{name}" in saved.names:
+                optimizer.state[parameter] = {
+                    "step": read("updates")[0],
+                    "exp_avg": read("mean").to(parameter.device),
+                    "exp_avg_sq": read("variance").to(parameter.device),
+                }
+    lines = (out / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)[:step]
+    (out / METRICS).write_text("".join(lines), encoding="utf-8")
+    return step, float(saved.metadata["seconds"]), int(saved.metadata["tokens"])
+
+
+def _last_loss(out: Path) -> float | None:
+    """Mean loss of the last tenth of the steps, from the log: one batch alone says little."""
+    lines = (out / METRICS).read_text(encoding="utf-8").splitlines()
+    if not lines:
+        return None
+    tail = [json.loads(line)["loss"] for line in lines[-max(1, len(lines) // 10) :]]
+    return sum(tail) / len(tail)
