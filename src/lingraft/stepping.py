@@ -93,7 +93,8 @@ def objective_of(backbone: Backbone, sequences: Sequence[Any]) -> Objective:
     return found
 
 
-def _length(sequence: Any) -> int:
+def length_of(sequence: Any) -> int:
+    """A sequence's tokens."""
     return len(sequence.ids) if isinstance(sequence, TokenSequence) else sequence.length
 
 
@@ -146,6 +147,7 @@ def learn(
     checkpoint_seconds: float = 30.0,
     before_update: Callable[[], None] | None = None,
     after_update: Callable[[], None] | None = None,
+    fused: bool = False,
 ) -> dict[str, Any]:
     """Trains parameters, from a checkpoint if there is one.
 
@@ -162,6 +164,7 @@ def learn(
         checkpoint_seconds: A checkpoint is due when so much time has passed, or twenty times what the last one took.
         before_update: Called when a batch's gradients are there, before they are clipped.
         after_update: Called when the parameters have changed, and when a checkpoint has been read.
+        fused: Whether the optimizer takes its step without copies of the parameters' size; rounding differs a little.
 
     Returns:
         Steps, tokens, seconds and the last loss.
@@ -170,13 +173,15 @@ def learn(
         LingraftError: The loss became NaN or infinite.
     """
     accelerator = _accelerator(trackers, out)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused or None
+    )
     prepared = accelerator.prepare_optimizer(optimizer)
     total = steps_of(len(sequences), config)
     done, spent, tokens = _resume(out, parameters, optimizer)
     if done and after_update is not None:
         after_update()
-    lengths = [_length(s) for s in sequences]
+    lengths = [length_of(s) for s in sequences]
     began = last_saved = time.monotonic()
     due, loss_value = checkpoint_seconds, float("nan")
     with (out / METRICS).open("a", encoding="utf-8") as log:

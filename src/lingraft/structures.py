@@ -13,6 +13,7 @@ import torch
 from lingraft import roles
 from lingraft.batching import derived_seed
 from lingraft.config import AdapterConfig
+from lingraft.differences import trainable_weights
 from lingraft.errors import AdapterError
 from lingraft.heads import Head, tensor_prefix
 from lingraft.layouts.common import PREFIX
@@ -258,9 +259,7 @@ def _behind(backbone: "Backbone", config: AdapterConfig) -> list[str]:
 
 def _sparse(backbone: "Backbone", config: AdapterConfig, seed: int) -> Fresh:
     """Nothing: a sparse difference starts at the base's own weights, and which of them change is not known yet."""
-    from lingraft.differences import trainable_weights
-
-    found = trainable_weights(backbone, config.modules)
+    found = trainable_weights(backbone.model, config.modules)
     modules = dict.fromkeys(site.removesuffix(".bias") for site in found)
     return {"peft_type": "SPARSE", "target_modules": list(modules), "entries": {}}, {}
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import get_peft_model_state_dict
 
-from lingraft import __version__
+from lingraft import __version__, lottery
 from lingraft.adapter import Adapter
-from lingraft.attaching import Part, part, peft_config
+from lingraft.attaching import Part, part, peft_config, tensors_on
 from lingraft.backbones import Backbone, environment
 from lingraft.config import AdapterConfig, TrainingConfig
 from lingraft.errors import AdapterError, UserError
@@ -111,8 +110,6 @@ def train(
     watched: dict[str, Any] = {"trackers": trackers, "progress": progress, "checkpoint_seconds": checkpoint_seconds}
     parts = [part(one) for one in beneath]
     if adapter.family == "sparse":
-        from lingraft import lottery
-
         learned = lottery.learn_difference(
             backbone, head, tensors, parts, sequences, out, adapter, training, seed, **watched
         )
@@ -120,7 +117,9 @@ def train(
         made |= {"target_modules": learned.modules, "entries": learned.entries}
         _write(out, backbone, made, learned.tensors, {**notes, **own}, head)
     elif adapter.invertible:
-        summary = _train_two(backbone, head, made, tensors, parts, sequences, out, adapter, training, seed, watched, notes)
+        summary = _train_two(
+            backbone, head, made, tensors, parts, sequences, out, adapter, training, seed, watched, notes
+        )
     else:
         extra: dict[str, torch.Tensor] = {}
         with ExitStack() as stack:
@@ -133,7 +132,7 @@ def train(
                     second = replace(second, encoder=backbone.fuser.translator.digest)
                 extra = dict(further.state_dict()) if further is not None else {}  # The tensors themselves, not copies.
             summary = _learn(backbone, model, sequences, out, training, seed, watched)
-            final = _arrays(get_peft_model_state_dict(model))
+            final = _arrays(tensors_on(model))
         if second is not None:
             second.write(out, extra)
             own["second"] = second.notes()
@@ -199,10 +198,8 @@ def _train_two(
     both = [*parts, Part(peft_config(coupling), start, trained=True)]
     with backbone.attached(peft_config(made), tensors, head, both) as model:
         summary = _learn(backbone, model, sequences, out, training, seed, watched)
-        final = _arrays(get_peft_model_state_dict(model))
-        name = f"beneath{len(parts)}"
-        lower = {n.replace(f".{name}", "", 1): p for n, p in model.named_parameters() if f".{name}." in n}
-    written = {"invertible": (coupling, _arrays(lower), start), "bottleneck": (made, final, tensors)}
+        lower, upper = _arrays(tensors_on(model, f"beneath{len(parts)}")), _arrays(tensors_on(model))
+    written = {"invertible": (coupling, lower, start), "bottleneck": (made, upper, tensors)}
     for folder, (config, arrays, initial) in written.items():
         (out / folder).mkdir(exist_ok=True)
         own = {"init_sha256": hash_tensors(initial), **({"head": head.as_dict()} if head is not None else {})}
@@ -280,5 +277,3 @@ def _heads_of(adapter: Adapter, like: dict[str, torch.Tensor], heads: set[str]) 
     """Those of an adapter's head's tensors that have the right size."""
     known = {n: torch.from_numpy(np.array(adapter.others[n](), np.float32)) for n in heads & set(adapter.others)}
     return {name: tensor for name, tensor in sorted(known.items()) if tensor.shape == like[name].shape}
-
-

@@ -7,9 +7,16 @@ arXiv:2005.00247) is a small network behind a sub-layer of the model, with y the
 
 It stands on the last linear layer of the sub-layer, whose output is y: in a Llama `self_attn.o_proj` and `mlp.down_proj`
 (both: Houlsby; the second alone: Pfeiffer). A sub-layer's output in this sense comes before the model adds its residual.
+
+Or it stands on a norm that follows the residual (post-norm encoders: BERT's `output.LayerNorm`), with s the norm's input, sub-layer
+plus residual (MAD-X: Pfeiffer et al., 2020, arXiv:2005.00052, section 3.2, where the adapter reads normalised states):
+
+    norm(s + W_up · act(W_down · norm(s) + b_down) + b_up)
+
+Several active adapters act one after the other, each on what the one before gives (MAD-X's stacking: language, then task).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, ClassVar
@@ -41,12 +48,12 @@ class BottleneckConfig(PeftConfig):
     """Where bottleneck adapters stand, how wide they are and how they bend.
 
     Args:
-        target_modules: The linear layers whose output is adapted, matched as PEFT matches them for LoRA: path ends in a
-            list, or one regular expression for whole paths.
+        target_modules: The linear layers whose output is adapted, or the norms whose input is, matched as PEFT matches modules for
+            LoRA: path ends in a list, or one regular expression for whole paths.
         bottleneck_size: The width b between W_down (b × d) and W_up (d × b).
         bottleneck_pattern: Other widths for some modules: a path end or regular expression → its width.
         activation: relu, gelu (exact), silu or tanh.
-        positions: What `target_modules` amounts to, houlsby or pfeiffer. Information for readers; nothing reads it.
+        positions: What `target_modules` amounts to, houlsby, pfeiffer or madx. Information for readers; nothing reads it.
         modules_to_save: Modules trained and saved whole beside the adapter, such as a classifier.
         exclude_modules: Modules left out although `target_modules` matches them.
         layers_to_transform: Only the layers of these indices.
@@ -85,19 +92,24 @@ class BottleneckConfig(PeftConfig):
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):
-    """A linear layer with bottleneck adapters behind it.
+    """A linear layer with bottleneck adapters behind it, or a norm with adapters before it.
 
-    A new adapter's `up` is zero, so that it changes nothing. lingraft trains from small weights in both layers instead, which
-    can be inverted when they are merged.
+    The active adapters act in the order in which they were set: `set_adapter(["language", "task"])`. A new adapter's `up` is zero,
+    so that it changes nothing. lingraft trains from small weights in both layers instead, which can be inverted when they are
+    merged.
 
     Args:
-        base_layer: The linear layer; its own weights are not touched.
+        base_layer: The linear layer, or the norm that follows a residual; its own weights are not touched.
         adapter_name: The name of the first adapter.
         size: The width of its bottleneck.
         activation: A name in `ACTIVATIONS`.
 
+    Attributes:
+        width: d, the width of the layer's output.
+        on_norm: Whether the layer is a norm.
+
     Raises:
-        AdapterError: The layer is not linear.
+        AdapterError: The layer is neither linear nor a norm over one axis.
     """
 
     adapter_layer_names: tuple[str, ...] = ("bottleneck_down", "bottleneck_up")
@@ -106,13 +118,17 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, size: int, activation: str) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.width = _width(self.get_base_layer())
+        self.width, self.on_norm = _width(self.get_base_layer())
         self.bottleneck_down = nn.ModuleDict()
         self.bottleneck_up = nn.ModuleDict()
         self.activation: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, size, activation)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the wrapper lacks is the base layer's: a norm's `eps`."""
+        return own_or_base(self, name)
 
     def update_layer(self, adapter_name: str, size: int, activation: str) -> None:
         """Adds an adapter, in its initial state.
@@ -135,15 +151,10 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Moves an adapter beside its base layer; unlike PEFT's, never rounds it to the base's dtype on the way."""
-        base = self.get_base_layer()
-        beside = next(chain(base.parameters(), base.buffers()), None)
-        target = device or (beside.device if beside is not None else None)
-        for branch in (self.bottleneck_down, self.bottleneck_up):
-            if target and adapter_name in branch and branch[adapter_name].weight.device.type != "meta":
-                branch[adapter_name].to(target)
+        move_beside(self.get_base_layer(), (self.bottleneck_down, self.bottleneck_up), adapter_name, device)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The base layer's output and, on top, the branch of every active adapter.
+        """The base layer's output with the active adapters, in their order.
 
         Args:
             x: The base layer's input (… × its width).
@@ -151,18 +162,27 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             **kwargs: More of the base layer's arguments.
 
         Returns:
-            … × d, in the dtype of the base layer's output; the adapters themselves compute in their own.
+            … × d, in the dtype of the base layer's output; every adapter computes in its own (float32, unless somebody cast it).
         """
-        base = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
-            return base
-        result = base
-        for name in self.active_adapters:
-            if name in self.bottleneck_down:
-                down, up = self.bottleneck_down[name], self.bottleneck_up[name]
-                dtype: Any = down.weight.dtype
-                result = result + up(self.activation[name](down(self._cast_input_dtype(base, dtype))))
+        names = [] if self.disable_adapters else [n for n in self.active_adapters if n in self.bottleneck_down]
+        base_layer = self.base_layer
+        if self.on_norm:
+            for name in names:  # A norm takes what it was built for: the sum keeps its dtype.
+                x = (x + self._branch(name, base_layer(x, *args, **kwargs))).to(x.dtype)
+            return base_layer(x, *args, **kwargs)
+        base = result = base_layer(x, *args, **kwargs)
+        for name in names:
+            result = result + self._branch(name, result)
         return result.to(base.dtype)
+
+    def _branch(self, name: str, states: torch.Tensor) -> torch.Tensor:
+        """up(act(down(states))) of one adapter."""
+        down = self.bottleneck_down[name]
+        dtype: Any = down.weight.dtype
+        # Autocast casts by itself; twice would be a copy for nothing.
+        if states.dtype != dtype and not torch.is_autocast_enabled(states.device.type):
+            states = self._cast_input_dtype(states, dtype)
+        return self.bottleneck_up[name](self.activation[name](down(states)))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuses.
@@ -174,7 +194,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         Raises:
             AdapterError: Always.
         """
-        raise _not_mergeable()
+        raise not_mergeable("a bottleneck adapter")
 
     def unmerge(self) -> None:
         """Does nothing: nothing was ever merged."""
@@ -207,25 +227,73 @@ class BottleneckModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:  # A base layer goes back. PEFT would hand it its own `weight`, which an encoder's embeddings do not have.
+            setattr(parent, child_name, new_module)
+
     def _check_merge_allowed(self) -> None:
-        raise _not_mergeable()
+        raise not_mergeable("a bottleneck adapter")
 
 
-def _width(layer: nn.Module) -> int:
-    """The width of a linear layer's output; transformers' `Conv1D` (GPT-2), a linear layer by another name, calls it nf."""
+def _width(layer: nn.Module) -> tuple[int, bool]:
+    """The width of a layer's output, and whether the layer is a norm.
+
+    transformers' `Conv1D` (GPT-2), a linear layer by another name, calls its width nf.
+    """
     for name in ("out_features", "nf"):
         width = getattr(layer, name, None)
         if isinstance(width, int):
-            return width
+            return width, False
+    shape = getattr(layer, "normalized_shape", None) or getattr(getattr(layer, "weight", None), "shape", ())
+    if len(shape) == 1:
+        return int(shape[0]), True
     raise AdapterError(
-        f"a bottleneck adapter stands on a linear layer, not on {type(layer).__name__}",
-        remedy="choose in `target_modules` the last linear layer of each sub-layer, such as `mlp.down_proj`",
+        f"a bottleneck adapter stands on a linear layer or a norm, not on {type(layer).__name__}",
+        remedy="choose in `target_modules` the last linear layer of each sub-layer, such as `mlp.down_proj`, or the norm behind it",
     )
 
 
-def _not_mergeable() -> AdapterError:
+def own_or_base(layer: nn.Module, name: str) -> Any:
+    """An attribute of a tuner layer or, where it has none, of the layer that it is put around.
+
+    Private names are not passed on: the marks of transformers and accelerate are of the very module they were put on.
+
+    Raises:
+        AttributeError: Neither has it.
+    """
+    try:
+        return nn.Module.__getattr__(layer, name)
+    except AttributeError:
+        if name.startswith("_") or name == "base_layer":
+            raise
+        return getattr(nn.Module.__getattr__(layer, "base_layer"), name)
+
+
+def move_beside(
+    base: nn.Module, branches: Iterable[nn.ModuleDict], adapter_name: str, device: torch.device | None = None
+) -> None:
+    """Moves an adapter to the device of a base layer and leaves its dtype.
+
+    Args:
+        base: The base layer.
+        branches: The adapters' modules, by the adapters' names.
+        adapter_name: The adapter.
+        device: Another device than the base layer's.
+    """
+    beside = next(chain(base.parameters(), base.buffers()), None)
+    target = device or (beside.device if beside is not None else None)
+    for branch in branches:
+        if target and adapter_name in branch:
+            module: Any = branch[adapter_name]
+            if module.weight.device.type != "meta":
+                module.to(target)
+
+
+def not_mergeable(what: str) -> AdapterError:
+    """The error for merging what cannot be merged into the weights."""
     return AdapterError(
-        "a bottleneck adapter cannot be merged into the model: a nonlinear layer does not fold into a weight",
+        f"{what} cannot be merged into the model: a nonlinear layer does not fold into a weight",
         remedy="keep the adapter attached; `unload` gives back the base model without it",
     )
-

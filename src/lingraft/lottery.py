@@ -1,0 +1,299 @@
+"""LF-SFT's training (Ansell et al., 2022, arXiv:2110.07560, section 3): which numbers of a model change, and by how much.
+
+First phase: everything but norms and the output embedding is fine-tuned, and the K entries that moved most are kept, the lottery's
+winners. Second phase: the model starts again where it was, and only these entries learn. Their differences from the start are
+the adapter. `select: gradient` replaces the first phase, for models too large to be fine-tuned fully: the entries are those of
+the greatest summed gradients, and nothing moves meanwhile.
+"""
+
+import copy
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lingraft.attaching import Part, settle, stacked
+from lingraft.backbones import Backbone
+from lingraft.batching import derived_seed, steps_of
+from lingraft.config import AdapterConfig, TrainingConfig
+from lingraft.differences import Gathered, Learned, Weight, parts_of, trainable_weights
+from lingraft.errors import UserError
+from lingraft.heads import Head
+from lingraft.layouts.common import PREFIX
+from lingraft.selecting import largest
+from lingraft.stepping import CHECKPOINT, Progress, batch_loss, check_loss, learn, length_of, schedule
+from lingraft.tensors import TensorFile, write_all
+
+FIRST = "first"
+"""The folder of the first phase's log, and of its checkpoint while it runs."""
+SELECTION = "selection.safetensors"
+"""The entries that the first phase chose, while the second runs."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A sparse difference that was learned.
+
+    Attributes:
+        summary: Steps, tokens and seconds of both phases, the second's last loss, and `first`, the first phase's own figures.
+        modules: The paths of the modules that change.
+        entries: How many entries change, by site.
+        tensors: Its tensors and its head's, by PEFT's names.
+    """
+
+    summary: dict[str, Any]
+    modules: list[str]
+    entries: dict[str, int]
+    tensors: dict[str, np.ndarray[Any, Any]]
+
+
+def learn_difference(
+    backbone: Backbone,
+    head: Head | None,
+    tensors: Mapping[str, torch.Tensor],
+    beneath: Sequence[Part],
+    sequences: Sequence[Any],
+    out: Path,
+    adapter: AdapterConfig,
+    training: TrainingConfig,
+    seed: int,
+    *,
+    trackers: Sequence[str] = (),
+    progress: Progress | None = None,
+    checkpoint_seconds: float = 30.0,
+) -> Difference:
+    """Learns a sparse difference in two phases, from where a killed one stopped; the base is the same before and after.
+
+    Args:
+        backbone: The base model.
+        head: The head of an encoder; None: its language model.
+        tensors: The head's initial tensors by PEFT's names, where it is trained. It is learned whole.
+        beneath: Sparse differences that are in the weights meanwhile.
+        sequences: What to learn, all of one type.
+        out: The folder of logs and checkpoints.
+        adapter: How many entries, of which modules, and how they are chosen.
+        training: How both phases are trained.
+        seed: Order, dropout and drawn positions.
+        trackers: accelerate's trackers.
+        progress: Called after every step, over both phases.
+        checkpoint_seconds: As for `stepping.learn`.
+
+    Raises:
+        UserError: There are fewer entries than are asked for, or weights would decay.
+    """
+    if training.weight_decay:
+        raise UserError(
+            "a sparse difference is trained without weight decay, which would move what shall not change",
+            remedy="use training.weight_decay=0",
+        )
+    epochs = training.epochs if adapter.first_epochs is None else adapter.first_epochs
+    first = training.model_copy(update={"epochs": epochs})
+    steps = [steps_of(len(sequences), values) for values in (first, training)]
+    watched: dict[str, Any] = {"checkpoint_seconds": checkpoint_seconds}
+    with backbone.bare(head) as model, stacked(model, beneath) as names:
+        settle(model, names, beneath, merged=names)
+        weights = trainable_weights(model, adapter.modules)
+        _check_entries(adapter.entries, weights)
+        size = sum(p.numel() for p in model.parameters())
+        place = out / FIRST
+        place.mkdir(exist_ok=True)
+        if not (out / SELECTION).exists():
+            told = _shifted(progress, 0, sum(steps))
+            phase = _by_gradient if adapter.select == "gradient" else _by_change
+            winners, figures = phase(
+                backbone,
+                model,
+                _Heads(backbone, model, head, tensors),
+                weights,
+                sequences,
+                place,
+                adapter,
+                first,
+                seed,
+                size,
+                progress=told,
+                **watched,
+            )
+            _keep(out / SELECTION, winners, figures)
+            (place / CHECKPOINT).unlink(missing_ok=True)
+        winners, figures = _kept(out / SELECTION)
+        heads = _Heads(backbone, model, head, tensors)
+        with Learned(weights, winners) as learned:
+            model.train()
+            summary = learn(
+                backbone,
+                model,
+                {**learned.parameters, **heads.parameters},
+                sequences,
+                out,
+                training,
+                seed,
+                trackers=trackers,
+                progress=_shifted(progress, steps[0], sum(steps)),
+                before_update=lambda: learned.penalty(adapter.l1, size),
+                after_update=learned.refresh,
+                fused=True,
+                **watched,
+            )
+            found = {name: tensor.cpu().numpy() for name, tensor in learned.tensors().items()}
+        found |= heads.tensors()
+    (out / SELECTION).unlink()
+    entries = {site: len(indices) for site, indices in winners.items() if len(indices)}
+    both = {name: summary[name] + figures[name] for name in ("steps", "tokens")}
+    seconds = round(summary["seconds"] + figures["seconds"], 2)
+    modules = sorted({site.removesuffix(".bias") for site in entries})
+    return Difference({**summary, **both, "seconds": seconds, "first": figures}, modules, entries, found)
+
+
+def _check_entries(wanted: int, weights: Mapping[str, Weight]) -> None:
+    """Makes sure that there are as many entries: said before the first phase, not after it.
+
+    Raises:
+        UserError: There are not.
+    """
+    there = sum(weight.parameter.numel() for weight in weights.values())
+    if wanted > there:
+        raise UserError(
+            f"{wanted} entries shall change, and the modules have {there}",
+            remedy=f"give fewer, for example adapter.entries={max(1, there // 35)}",
+        )
+
+
+class _Heads:
+    """An encoder's head, trained whole: copies in the model's place, which `Backbone.bare` puts back."""
+
+    def __init__(self, backbone: Backbone, model: Any, head: Head | None, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.parameters: dict[str, torch.nn.Parameter] = {}
+        if head is None or not head.trained:
+            return
+        for path in backbone.headed(head).modules:
+            mine = copy.deepcopy(model.get_submodule(path)).requires_grad_(True)
+            start = f"{PREFIX}{path}."
+            mine.load_state_dict({n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, mine)
+            self.parameters |= {f"{start}{n}": p for n, p in mine.named_parameters()}
+
+    def tensors(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The trained head by PEFT's names."""
+        return {name: p.detach().float().cpu().numpy() for name, p in self.parameters.items()}
+
+
+def _by_change(
+    backbone: Backbone,
+    model: Any,
+    heads: _Heads,
+    weights: Mapping[str, Weight],
+    sequences: Sequence[Any],
+    out: Path,
+    adapter: AdapterConfig,
+    training: TrainingConfig,
+    seed: int,
+    size: int,
+    **watched: Any,
+) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
+    """Full fine-tuning: the entries that moved most."""
+    with Learned(weights) as learned:
+        model.train()
+        figures = learn(
+            backbone,
+            model,
+            {**learned.parameters, **heads.parameters},
+            sequences,
+            out,
+            training,
+            seed,
+            before_update=lambda: learned.penalty(adapter.l1, size),
+            after_update=learned.refresh,
+            fused=True,
+            **watched,
+        )
+        return largest(parts_of(learned.parameters), adapter.entries), figures
+
+
+def _by_gradient(
+    backbone: Backbone,
+    model: Any,
+    heads: _Heads,
+    weights: Mapping[str, Weight],
+    sequences: Sequence[Any],
+    out: Path,
+    adapter: AdapterConfig,
+    training: TrainingConfig,
+    seed: int,
+    size: int,
+    *,
+    progress: Progress | None,
+    checkpoint_seconds: float,
+) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
+    """The entries of the greatest gradients at the start, their sizes summed over steps."""
+    total = steps_of(len(sequences), training)
+    lengths = [length_of(s) for s in sequences]
+    began = last = time.monotonic()
+    with Gathered(weights) as gathered:
+        done, tokens, spent = _resumed(out / CHECKPOINT, gathered)
+        model.train()
+        for step, indices in schedule(lengths, training, seed, done, total):
+            torch.manual_seed(derived_seed("step", seed, step))
+            loss = batch_loss(
+                backbone,
+                [sequences[i] for i in indices],
+                share=training.loss_positions,
+                seed=derived_seed("positions", seed, step),
+                backward=torch.Tensor.backward,
+                model=model,
+            )
+            check_loss(loss, step, total)
+            gathered.absorb()
+            tokens += sum(lengths[i] for i in indices)
+            if progress is not None:
+                progress(step + 1, total, loss)
+            if time.monotonic() - last > checkpoint_seconds and step + 1 < total:
+                _save(out / CHECKPOINT, gathered, step + 1, tokens, spent + time.monotonic() - began)
+                last = time.monotonic()
+        figures = {"steps": total, "tokens": tokens, "seconds": round(spent + time.monotonic() - began, 2)}
+        return largest(parts_of(gathered.values), adapter.entries), figures
+
+
+def _save(path: Path, gathered: Gathered, step: int, tokens: int, seconds: float) -> None:
+    partial = path.with_name(f".{path.name}")
+    values = {site: tensor.cpu().numpy() for site, tensor in gathered.values.items()}
+    write_all(partial, values, {"step": str(step), "tokens": str(tokens), "seconds": f"{seconds:.3f}"})
+    partial.replace(path)
+
+
+def _resumed(path: Path, gathered: Gathered) -> tuple[int, int, float]:
+    """Reads the sums of a first phase that was stopped: steps, tokens and seconds until then."""
+    if not path.exists():
+        return 0, 0, 0.0
+    saved = TensorFile(path)
+    for site, tensor in gathered.values.items():
+        tensor.copy_(torch.from_numpy(np.array(saved.read(site))))
+    return int(saved.metadata["step"]), int(saved.metadata["tokens"]), float(saved.metadata["seconds"])
+
+
+def _keep(path: Path, winners: Mapping[str, np.ndarray[Any, Any]], figures: Mapping[str, Any]) -> None:
+    """Writes a selection, complete when it is there."""
+    partial = path.with_name(f".{path.name}")
+    there = {site: indices.astype(np.int64) for site, indices in winners.items() if len(indices)}
+    write_all(partial, there, {"first": json.dumps(figures)})
+    partial.replace(path)
+
+
+def _kept(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
+    """Reads a selection and the first phase's figures."""
+    saved = TensorFile(path)
+    figures = json.loads(saved.metadata["first"])
+    return {site: np.array(saved.read(site)) for site in saved.names}, figures
+
+
+def _shifted(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """The progress of one phase as a part of both."""
+    if progress is None:
+        return None
+    return lambda done, _, loss: progress(before + done, total, loss)
