@@ -1,5 +1,6 @@
 """Puts adapters on a transformers model with PEFT, on top of one another, and takes all of them off again."""
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -99,12 +100,12 @@ def settle(model: Any, names: Sequence[str], beneath: Sequence[Part] = (), *, me
 
     from lingraft.modules.sparse import SparseLayer
 
-    frozen = tuple(f".{name}" for name, one in zip(names, beneath, strict=False) if not one.trained)
+    frozen = [name for name, one in zip(names, beneath, strict=False) if not one.trained]
     for module in model.modules():
         if isinstance(module, BaseTunerLayer) and len(names) > 1:
             module.set_adapter(list(names))
     for name, parameter in model.named_parameters():
-        if name.endswith(frozen) or any(f"{one}." in name for one in frozen):
+        if not set(frozen).isdisjoint(name.split(".")):
             parameter.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, SparseLayer) and merged:
@@ -153,6 +154,26 @@ def load(wrapped: Any, tensors: Mapping[str, "torch.Tensor"], name: str = TOP) -
         raise AdapterError(
             f"the adapter does not fit this base model: {len(wrong)} tensors, first {wrong[0]}", remedy=_REMEDY
         )
+
+
+def tensors_on(wrapped: Any, name: str = TOP) -> "dict[str, torch.Tensor]":
+    """An adapter's tensors as they are on a PEFT model, by the names PEFT saves them under; those of the top one with its head.
+
+    Args:
+        wrapped: The PEFT model.
+        name: The adapter's.
+    """
+    from peft import get_peft_model_state_dict
+
+    if name == TOP:
+        # PEFT tells adapters of one structure apart only where it made both.
+        found = get_peft_model_state_dict(wrapped)
+        return {key: tensor for key, tensor in found.items() if not _BENEATH.search(key)}
+    ours = re.compile(rf"\.{name}(?=\.|$)")
+    return {ours.sub("", key): tensor for key, tensor in wrapped.named_parameters() if ours.search(key)}
+
+
+_BENEATH = re.compile(r"\.beneath\d+(\.|$)")
 
 
 def _marker(model: Any, name: str) -> str | None:
