@@ -382,6 +382,19 @@ def merge(**options: Any) -> Any:
 
 
 @main.command()
+@click.argument("difference", type=FOLDER, metavar="PYTORCH_DIFF_OR_FOLDER")
+@click.option("--out", type=FOLDER, required=True, help="The new adapter's folder.")
+@click.option("--base", "model", help="Name of the base model, for PEFT.")
+@click.option("--task-type", help="PEFT's name of the task, such as TOKEN_CLS.")
+@verb
+def convert(difference: Path, out: Path, model: str | None, task_type: str | None, as_json: bool) -> Any:
+    """Make an adapter of a sparse difference of composable-sft (LT-SFT); nothing of the file is executed."""
+    from lingraft.commands.converting import convert_difference
+
+    return convert_difference(difference, out, model, task_type, as_json)
+
+
+@main.command()
 @click.argument("folders", nargs=-1, type=FOLDER, required=True)
 @verb
 def inspect(folders: tuple[Path, ...], as_json: bool) -> Any:
