@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from lingraft.adapter import Adapter
+from lingraft.attaching import TOP
 from lingraft.backbones import Backbone
 from lingraft.divergence import Divergence
 from lingraft.errors import AdapterError
@@ -141,6 +142,11 @@ def grafted(backbone: Backbone, task: Adapter, divergence: Divergence, graft: Gr
     Raises:
         AdapterError: The adapters do not fit together, or not on this base.
     """
+    if task.structure == "sparse":
+        raise AdapterError(
+            "a sparse difference is added into the base's own weights, so its weight cannot be changed in place",
+            remedy="merge it for every weight",
+        )
     widest = replace(graft, weight=1.0).onto(task, divergence)
     with backbone.with_adapter(widest) as wrapped:
         yield LiveGraft(adapter_parameters(wrapped), task, divergence, graft)
@@ -152,4 +158,6 @@ def adapter_parameters(wrapped: Any) -> dict[str, torch.nn.Parameter]:
     if learned is not None:
         return {"prompt_embeddings": learned["default"].embedding.weight}
     marker = wrapped.base_model.prefix
-    return {name.replace(".default", "", 1): p for name, p in wrapped.named_parameters() if marker in name}
+    ours = f".{TOP}"
+    named = {name: p for name, p in wrapped.named_parameters() if marker in name and ours in name}
+    return {name.replace(ours, "", 1): p for name, p in named.items()}
