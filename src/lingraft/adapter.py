@@ -9,7 +9,7 @@ is needed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -197,7 +197,7 @@ class Adapter:
                 yield value
 
         write_tensors(folder / WEIGHTS, announced, values())
-        write_json(folder / CONFIG, self.peft_config)
+        write_json(folder / CONFIG, self.files.config_for(self.config, self.files.announced(self.layout, specs)))
         made = {"provenance": dict(provenance)} if provenance is not None else {}
         write_json(folder / SIDECAR, {**self.sidecar, **made})
 
@@ -217,6 +217,35 @@ def part_of(adapter: Adapter, module: str, shape: tuple[int, int], *, checked: b
     if module in adapter.layout:
         return adapter.site(module) if checked else adapter.unchecked(module)
     return Site({"A": np.zeros((0, shape[1]), np.float32), "B": np.zeros((shape[0], 0), np.float32)})
+
+
+def completed(adapters: Sequence[Adapter], sites: Iterable[str]) -> tuple[Adapter, ...]:
+    """Adapters with sites that only some of them have: a sparse difference without one changes no entry there.
+
+    Args:
+        adapters: Those to be merged; of another structure they stay as they are.
+        sites: The sites that all must have.
+    """
+    if any(adapter.structure != "sparse" for adapter in adapters):
+        return tuple(adapters)
+    having = {site: next((a for a in adapters if site in a.layout), None) for site in sites}
+    return tuple(
+        _completed(adapter, {s: a for s, a in having.items() if a and s not in adapter.layout}) for adapter in adapters
+    )
+
+
+def _completed(adapter: Adapter, absent: Mapping[str, Adapter]) -> Adapter:
+    if not absent:
+        return adapter
+
+    def read(site: str) -> Site:
+        if site not in absent:
+            return adapter.read(site)
+        shape = absent[site].read(site).tensors["shape"]
+        return Site({"indices": np.zeros(0, np.int64), "values": np.zeros(0, np.float32), "shape": shape})
+
+    layout = {**adapter.layout, **{site: absent[site].layout[site] for site in sorted(absent)}}
+    return replace(adapter, layout=layout, read=read)
 
 
 def merged_sidecar(first: Adapter) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from lingraft.errors import AdapterError, UserError
 from lingraft.modules.sparse import KINDS, holders, output_embedding, parted, site_name
 from lingraft.selecting import Part
 
-CHUNK = 1 << 22
-"""Entries computed with at a time, where there would be a copy of all of them."""
+CHUNK = 1 << 18
+"""Entries computed with at a time: what is computed of so many stays in a processor's cache."""
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
@@ -276,7 +276,8 @@ class Learned:
                 if gradient.is_sparse:
                     _add_rows(values.grad, gradient.coalesce(), indices)
                 elif indices is None:
-                    values.grad += gradient.reshape(-1)
+                    for part, new in zip(values.grad.split(CHUNK), gradient.reshape(-1).split(CHUNK), strict=True):
+                        part += new
                 else:
                     flat = gradient.reshape(-1)
                     for part, where in zip(values.grad.split(CHUNK), indices.split(CHUNK), strict=True):

@@ -16,6 +16,7 @@ from lingraft.adapter import (
     AdapterWarning,
     Notes,
     common,
+    completed,
     is_divergence,
     merged_sidecar,
     open_adapter,
@@ -84,7 +85,8 @@ class Divergence:
         named = {"task": task, "target reference": self.target_ref, "source reference": self.source_ref}
         sites = roles.select(list(dict.fromkeys(m for a in named.values() for m in a.layout)), modules)
         weights = {m: w for m, w in roles.weights(sites, self.weight, rules).items() if w != 0}
-        check_fit(named, weights or sites, any_rank=exact)
+        whole = dict(zip(named, completed(tuple(named.values()), weights or sites), strict=True))
+        check_fit(whole, weights or sites, any_rank=exact)
         if exact:  # Where neither reference has a site, nothing is added: it stays as it is.
             known = {*self.target_ref.layout, *self.source_ref.layout}
             weights = {m: w for m, w in weights.items() if m in known}
@@ -93,7 +95,8 @@ class Divergence:
         warn_of_lost_heads(named)
         if not exact:
             warn_of_unlike_starts(named)
-        return _transferred(rule, task, self.target_ref, self.source_ref, weights, out_rank)
+        task, target, source = whole.values()
+        return _transferred(rule, task, target, source, weights, out_rank)
 
     def save(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> Path:
         """Writes the divergence as a folder that appears when it is complete.
@@ -106,7 +109,7 @@ class Divergence:
         lora = self.target_ref.structure == "lora"
         sites = dict.fromkeys([*self.target_ref.layout, *self.source_ref.layout])
         named = {"target reference": self.target_ref, "source reference": self.source_ref}
-        check_fit(named, sites, any_rank=lora)
+        check_fit(dict(zip(named, completed(tuple(named.values()), sites), strict=True)), sites, any_rank=lora)
         with appearing(Path(path), {"kind": "divergence", **(provenance or {})}) as work:
             if lora:
                 self.stacked().write(work, provenance)
@@ -123,6 +126,7 @@ class Divergence:
         target, source = self.target_ref, self.source_ref
         if target.structure == "lora":
             return self.stacked()
+        target, source = completed((target, source), dict.fromkeys([*target.layout, *source.layout]))
         named = {"target reference": target, "source reference": source}
         check_fit(named, dict.fromkeys([*target.layout, *source.layout]), any_rank=False)
         rule = FAMILIES[target.structure][

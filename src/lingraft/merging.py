@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lingraft import __version__, roles
-from lingraft.adapter import Adapter, Notes, content_digest, part_of, rebuilt
+from lingraft.adapter import Adapter, Notes, completed, content_digest, part_of, rebuilt
 from lingraft.algebra import Family, Site
 from lingraft.divergence import Divergence, check_rank, kept_rank, warn_of_unlike_starts
 from lingraft.errors import AdapterError, UserError, suggestion
@@ -153,7 +153,8 @@ def arimerge(
             remedy="use --method transfer, cross or arimerge-add",
         )
     sites = roles.select(list(dict.fromkeys(m for a in named.values() for m in a.layout)), modules)
-    check_fit(named, sites, any_rank=False)
+    task, target, source = completed((task, target, source), sites)
+    check_fit(dict(zip(named, (task, target, source), strict=False)), sites, any_rank=False)
     weights = roles.weights(sites, weight, rules)
     if not all(0 <= w <= 1 for w in weights.values()):
         raise AdapterError("AriMerge's weight λ is from 0 to 1", remedy="1 is the task itself, 0 the references alone")
@@ -200,13 +201,15 @@ class Combination:
             AdapterError: The adapters do not fit together.
         """
         self._check(adapters, weights)
-        first = adapters[0]
-        structure = first.structure
+        structure = adapters[0].structure
         stacking = structure == "lora" and (self.method in ("cat", "knots") or self.space == "product")
         check_rank(self.out_rank, stacking, can=structure == "lora" and self.method == "linear")
         named = {f"adapter {n + 1}": adapter for n, adapter in enumerate(adapters)}
         sites = roles.select(list(dict.fromkeys(m for a in adapters for m in a.layout)), self.modules)
+        adapters = completed(adapters, sites)
+        named = dict(zip(named, adapters, strict=True))
         check_fit(named, sites, any_rank=stacking, any_size=self.method == "cat")
+        first = adapters[0]
         if structure == "prefix" and self.method == "cat" and set(sites) != set(first.layout):
             raise AdapterError("virtual tokens stand in all layers or in none", remedy="leave --modules out")
         if not stacking and structure != "ia3" and self.method != "cat":

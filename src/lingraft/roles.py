@@ -122,6 +122,7 @@ _LAYERS = re.compile(r"layer:(\d{1,6})(?:-(\d{1,6}))?")
 
 def _matches(module: str, name: str) -> bool:
     """Whether a module is called so, plays that role, or stands in those layers; `a&b` asks for both."""
+    module = module.removesuffix(".bias")  # A sparse difference's site; it goes with its weight's.
     for part in name.split("&"):
         part = part.strip()
         if layers := _LAYERS.fullmatch(part):

@@ -1,7 +1,6 @@
 """Learning differences in place: it is ordinary training of the whole model with masked gradients, and leaves no trace."""
 
 import copy
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,14 +63,14 @@ def parameter_of(model: Any, site: str) -> nn.Parameter:
 
 
 def drawn_support(weights: Mapping[str, Weight], seed: int = 0) -> dict[str, torch.Tensor]:
-    """A third of the entries of every other weight, two entries of the others, none of the last."""
+    """A third of the entries of every other weight, two entries of the others, none of the last but one."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for number, (site, weight) in enumerate(weights.items()):
         size = weight.parameter.numel()
-        count = max(1, size // 3) if number % 2 == 0 or "embed" in site else 2
+        count = max(1, size // 3) if number % 2 == 0 or "embed" in site or site == "shared" else 2
         found[site] = torch.randperm(size, generator=generator)[:count].sort().values
-    found[list(weights)[-1]] = torch.empty(0, dtype=torch.int64)
+    found[list(weights)[-2]] = torch.empty(0, dtype=torch.int64)
     return found
 
 
@@ -133,9 +132,13 @@ def test_all_are_the_bodys_weights_and_biases_but_those_of_norms(folders: dict[s
     assert len(found) == len(weights)
     output = model.get_output_embeddings()
     inside = {"bert": "bert.", "xlm-roberta": "roberta.", "t5": ""}.get(name, "model.")
-    for path, parameter in model.named_parameters():
-        body = path.startswith(inside) and "norm" not in path.lower()
-        assert (id(parameter) in found) == (body and path != "lm_head.weight"), path
+    named = list(model.named_parameters(remove_duplicate=False))
+    expected = {
+        id(p)
+        for path, p in named
+        if path.startswith(inside) and path != "lm_head.weight" and "norm" not in path.lower()
+    }
+    assert found == expected
     embedding = next(w for w in weights.values() if w.parameter is model.get_input_embeddings().weight)
     assert embedding.tied == (model.get_input_embeddings().weight is output.weight) == (name != "llama")
     assert all(holder is not output for holder in embedding.holders)
@@ -199,14 +202,14 @@ def test_it_is_ordinary_training_with_masked_gradients(folders: dict[str, Path],
     with Learned(weights, support) as learned:
         train_in_place(model, learned, **options)
         live = {site: w.parameter.detach().clone() for site, w in learned.weights.items()}
-    assert set(learned.parameters) == set(weights) - (set() if dense else {list(weights)[-1]})
+    assert set(learned.parameters) == set(weights) - (set() if dense else {list(weights)[-2]})
     for site, values in learned.parameters.items():
         where = slice(None) if support is None else support[site]
         # A key's bias has no effect, so what little gradient it has is noise, which Adam enlarges.
         if site.endswith(("key.bias", "k_proj.bias")):
             continue
         torch.testing.assert_close(values.detach(), expected[site][where], rtol=0, atol=2e-5)
-        assert float(values.detach().abs().max()) > 1e-3
+        assert float(values.detach().abs().max()) > 1e-4
         torch.testing.assert_close(live[site], parameter_of(reference, site).detach(), rtol=0, atol=2e-5)
 
 
@@ -274,7 +277,8 @@ def test_rows_of_a_gradient_reach_their_entries(rows: list[int], width: int, cho
     size = 7 * width
     indices = torch.tensor(sorted({c % size for c in chosen}), dtype=torch.int32)
     values = torch.randn(len(rows), width, generator=torch.Generator().manual_seed(seed))
-    gradient = torch.sparse_coo_tensor(torch.tensor([rows], dtype=torch.int64), values, (7, width))
+    numbers = torch.tensor([rows], dtype=torch.int64)
+    gradient = torch.sparse_coo_tensor(numbers, values, (7, width), check_invariants=True)
     dense = gradient.to_dense().view(-1)
     some, every = torch.ones(len(indices)), torch.ones(size)
     differences._add_rows(some, gradient.coalesce(), indices)
@@ -319,13 +323,10 @@ def test_closing_restores_everything_also_after_an_exception(
         train_in_place(model, learned, steps=1, clip=1.0)
         assert model.get_output_embeddings().weight is output
         assert torch.equal(output, fixed)
-        assert (
-            not torch.equal(
-                model.get_input_embeddings().weight,
-                before[next(n for n in before if "embe" in n or n == "shared.weight")],
-            )
-            or name == "t5"
-        )
+        embedding = next(w for w in weights.values() if model.get_input_embeddings() in w.holders)
+        assert embedding.parameter is not output
+        assert all(holder.weight is embedding.parameter for holder in embedding.holders)
+        assert not torch.equal(embedding.parameter, fixed)
         with torch.no_grad():
             for values in learned.parameters.values():
                 values.fill_(torch.nan)
@@ -541,4 +542,3 @@ def test_sites_are_named_alike_everywhere() -> None:
     for site in ("a.q", "a.q.bias"):
         module, kind = parted(site)
         assert tensor_name(site, "values") == f"base_model.model.{module}.{KINDS[kind]}values"
-    assert set(inspect.signature(Learned).parameters) == {"weights", "support", "values"}

@@ -164,19 +164,118 @@ def test_two_adapters_are_switched_disabled_added_and_deleted(base: nn.Module) -
     assert not [n for n, _ in wrapped.named_parameters() if ".de." in n]
 
 
-def test_active_adapters_each_add_their_branch_on_the_output_of_the_base() -> None:
-    torch.manual_seed(0)
-    linear = nn.Linear(7, 5).double()
-    layer = BottleneckLayer(linear, "en", 3, "relu")
+def two_adapters(base_layer: nn.Module) -> BottleneckLayer:
+    """Adapters called en and de, in float64, both active."""
+    layer = BottleneckLayer(base_layer, "en", 3, "relu")
     layer.update_layer("de", 4, "tanh")
     shake(layer, 1, "en")
     shake(layer, 2, "de")
     layer.double()
     layer.set_adapter(["en", "de", "absent"])
+    return layer
+
+
+def test_active_adapters_act_one_after_the_other_in_their_order() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(7, 5).double()
+    layer = two_adapters(linear)
     x = torch.randn(6, 7, dtype=torch.float64)
     y = linear(x).detach().numpy()
-    expected = y + by_formula(layer, y, "relu", "en") + by_formula(layer, y, "tanh", "de")
-    np.testing.assert_allclose(layer(x).detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+    english = y + by_formula(layer, y, "relu", "en")
+    both = english + by_formula(layer, english, "tanh", "de")
+    np.testing.assert_allclose(layer(x).detach().numpy(), both, rtol=1e-12, atol=1e-12)
+    layer.set_adapter(["de", "en"])
+    german = y + by_formula(layer, y, "tanh", "de")
+    other = german + by_formula(layer, german, "relu", "en")
+    np.testing.assert_allclose(layer(x).detach().numpy(), other, rtol=1e-12, atol=1e-12)
+    assert not np.allclose(both, other)
+
+
+class RootMeanSquare(nn.Module):
+    """A norm that is none of torch's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width) + 0.5)
+        self.eps = 1e-5
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm, RootMeanSquare])
+def test_on_a_norm_the_adapters_read_normalised_states_and_write_to_the_sum(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    norm = kind(5).double()
+    norm.weight.data.uniform_(0.5, 1.5)
+    layer = two_adapters(norm)
+    h, residual = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(2, 4, 5, dtype=torch.float64)
+
+    def plain(s: np.ndarray) -> np.ndarray:
+        return norm(torch.from_numpy(s)).detach().numpy()
+
+    s = (h + residual).numpy()
+    one = s + by_formula(layer, plain(s), "relu", "en")
+    both = one + by_formula(layer, plain(one), "tanh", "de")
+    np.testing.assert_allclose(layer(h + residual).detach().numpy(), plain(both), rtol=1e-12, atol=1e-12)
+    # One adapter alone, in the words of the adapters library: h + up(relu(down(LN(h + r)))), then LN(· + r).
+    layer.set_adapter("en")
+    before = h.numpy() + by_formula(layer, plain(s), "relu", "en")
+    np.testing.assert_allclose(layer(h + residual).detach().numpy(), plain(before + residual.numpy()), rtol=1e-12)
+    for off in (lambda: layer.set_adapter([]), lambda: layer.enable_adapters(False)):
+        layer.set_adapter("en")
+        off()
+        assert torch.equal(layer(h + residual), norm(h + residual))
+
+
+def test_a_wrapped_norm_shows_the_attributes_of_the_norm() -> None:
+    norm = nn.LayerNorm(6, eps=1e-3)
+    layer = BottleneckLayer(norm, "default", 2, "relu")
+    assert (layer.weight, layer.bias, layer.eps, layer.normalized_shape) == (norm.weight, norm.bias, 1e-3, (6,))
+    assert (layer.width, layer.on_norm) == (6, True)
+    norm._mark = True
+    assert not hasattr(layer, "_mark") and not hasattr(layer, "in_features")
+    assert not hasattr(BottleneckLayer(nn.RMSNorm(6), "default", 2, "relu"), "bias")
+    linear = BottleneckLayer(nn.Linear(3, 4), "default", 2, "relu")
+    assert (linear.in_features, linear.out_features, linear.on_norm) == (3, 4, False)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.LayerNorm])
+def test_a_part_computes_in_its_own_dtype(kind: type[nn.Module]) -> None:
+    """A frozen language adapter that somebody cast beside a trained one in float32."""
+    torch.manual_seed(0)
+    base = (nn.Linear(6, 6) if kind is nn.Linear else nn.LayerNorm(6)).bfloat16()
+    layer = BottleneckLayer(base, "language", 4, "relu")
+    layer.update_layer("task", 3, "relu")
+    for seed, name in enumerate(("language", "task")):
+        shake(layer, seed, name)
+        for branch in (layer.bottleneck_down, layer.bottleneck_up):
+            branch[name].to(torch.bfloat16 if name == "language" else torch.float32)
+    layer.set_adapter(["language", "task"])
+    seen: list[torch.dtype] = []
+    for name in ("language", "task"):
+        layer.bottleneck_up[name].register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    x = torch.randn(3, 6).bfloat16()
+
+    def branch(name: str, states: torch.Tensor) -> torch.Tensor:
+        down, up = layer.bottleneck_down[name], layer.bottleneck_up[name]
+        return up(torch.relu(down(states.to(down.weight.dtype))))
+
+    if kind is nn.Linear:
+        y = base(x)
+        y = y + branch("language", y)
+        expected = (y + branch("task", y)).bfloat16()
+    else:
+        s = (x + branch("language", base(x))).bfloat16()
+        expected = base((s + branch("task", base(s))).bfloat16())
+    seen.clear()
+    found = layer(x)
+    assert seen == [torch.bfloat16, torch.float32]
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+    seen.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(x)
+    assert seen == [torch.bfloat16, torch.bfloat16]
 
 
 def test_a_bfloat16_base_keeps_its_dtype_and_the_adapter_float32(tiny_folder: Path, tmp_path: Path) -> None:
@@ -300,11 +399,13 @@ def test_a_wrong_configuration_is_refused(wrong: dict[str, object], message: str
         BottleneckConfig(target_modules=DECODER, **wrong)
 
 
-def test_targets_have_to_be_given_and_linear(base: nn.Module) -> None:
+def test_targets_have_to_be_given_and_linear_or_norms(base: nn.Module) -> None:
     with pytest.raises(ValueError, match="target_modules"):
         get_peft_model(base, BottleneckConfig())
-    with pytest.raises(AdapterError, match="linear layer, not on LlamaRMSNorm"):
-        get_peft_model(base, BottleneckConfig(target_modules=["input_layernorm"]))
+    with pytest.raises(AdapterError, match="a linear layer or a norm, not on Embedding"):
+        get_peft_model(base, BottleneckConfig(target_modules=["embed_tokens"]))
+    with pytest.raises(AdapterError, match="a linear layer or a norm, not on LayerNorm"):
+        BottleneckLayer(nn.LayerNorm((2, 3)), "default", 2, "relu")
 
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

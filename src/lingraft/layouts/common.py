@@ -1,7 +1,7 @@
 """What all adapter folders in PEFT's layout share: their files, the shape of a site, and what is refused."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,6 +76,10 @@ class Layout(Protocol):
         self, layout: Mapping[str, Place], read: Callable[[str], Site], dtype: np.dtype[Any]
     ) -> tuple[list[Spec], Values]:
         """The file's tensors, announced and then one at a time."""
+        ...
+
+    def announced(self, layout: Mapping[str, Place], specs: Iterable[Spec]) -> Mapping[str, Place]:
+        """The sites with the shapes that `encode` announced, where these show only when they are computed."""
         ...
 
     def config_for(self, config: Config, layout: Mapping[str, Place]) -> dict[str, Any]:
@@ -190,6 +194,10 @@ class RoleLayout:
                     yield site.tensors[role]
 
         return specs, values()
+
+    def announced(self, layout: Mapping[str, Place], specs: Iterable[Spec]) -> Mapping[str, Place]:
+        """The layout as it is."""
+        return layout
 
     def config_for(self, config: Config, layout: Mapping[str, Place]) -> dict[str, Any]:
         """See `Layout.config_for`."""

@@ -1,6 +1,6 @@
 """Prefixes in PEFT's folders: one tensor of virtual tokens × (layers · 2 · width), keys before values in every layer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -90,6 +90,10 @@ class PrefixLayout:
             yield np.concatenate(parts, axis=1)
 
         return [(TENSOR, (tokens, 2 * width * len(places)), dtype)], values()
+
+    def announced(self, layout: Mapping[str, Place], specs: Iterable[Spec]) -> Mapping[str, Place]:
+        """The layout as it is."""
+        return layout
 
     def config_for(self, config: Config, layout: Mapping[str, Place]) -> dict[str, Any]:
         """The configuration with the number of virtual tokens; the prefix is stored as it is used, projected."""

@@ -98,10 +98,15 @@ class SparseLayout:
     def encode(
         self, layout: Mapping[str, Place], read: Callable[[str], Site], dtype: np.dtype[Any]
     ) -> tuple[list[Spec], Values]:
-        """See `Layout.encode`. How large a union of supports is shows only when it is computed: all sites are read at once."""
+        """See `Layout.encode`. How large a union of supports is shows only when it is computed: all sites are read at once.
+
+        A site without entries has no tensors.
+        """
         arrays: list[tuple[str, np.ndarray[Any, Any]]] = []
         for module in layout:
             site = read(module)
+            if not len(site.tensors["values"]):
+                continue
             arrays += [(tensor_name(module, role), site.tensors[role]) for role in _ROLES]
         kinds = [dtype if name.endswith("values") else np.dtype(np.int64) for name, _ in arrays]
         specs = [(name, array.shape, kind) for (name, array), kind in zip(arrays, kinds, strict=True)]
@@ -113,6 +118,7 @@ class SparseLayout:
         return {
             module: Place({role: shapes[tensor_name(module, role)] for role in _ROLES}, place.scaling)
             for module, place in layout.items()
+            if tensor_name(module, "values") in shapes
         }
 
     def config_for(self, config: Config, layout: Mapping[str, Place]) -> dict[str, Any]:

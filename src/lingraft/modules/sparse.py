@@ -421,7 +421,10 @@ class SparseModel(BaseTuner):
             self._replace_module(self.model.get_submodule(above), name, SharingLayer(module, layer), module)
 
     def _check_merge_allowed(self) -> None:
-        """Always: PEFT would warn of tied embeddings, which are dealt with."""
+        """It always is: PEFT would warn of tied embeddings, which are dealt with."""
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: SparseConfig) -> None:
+        """Likewise."""
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
