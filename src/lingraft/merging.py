@@ -37,6 +37,14 @@ def divergence_of(target_ref: Path, source_ref: Path) -> tuple[Divergence, dict[
     return found, provenance
 
 
+LANGUAGE_SPACES: Mapping[str, str] = {"invertible": "difference", "bottleneck": "cross", "sparse": "difference"}
+"""Where language adapters are merged among themselves, by structure: all of them by plain differences.
+
+A bottleneck's own rule is for another adapter than the two that differ. Of language adapters themselves it would keep what the
+source's rows span, and λ = 1 would not be the target's.
+"""
+
+
 @dataclass(frozen=True)
 class Graft:
     """How a divergence is grafted onto a task.

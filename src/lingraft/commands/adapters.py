@@ -1,7 +1,7 @@
 """`lingraft divergence`, `merge` and `inspect`: arithmetic on adapters, without a base model."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,25 +11,57 @@ import click
 from lingraft import merging
 from lingraft.adapter import Adapter, content_digest, is_divergence
 from lingraft.divergence import Divergence
-from lingraft.errors import UserError
+from lingraft.errors import AdapterError, UserError
 from lingraft.families import GUARDS
 from lingraft.fitting import base_digest
 from lingraft.fusion.stages import FIRST, first_digest
 from lingraft.layouts.common import WEIGHTS, read_sidecar
 from lingraft.merging import Combination, Graft, divergence_of, similarity
+from lingraft.stacks import is_stack, parts_of, stack_digest, write_note
 from lingraft.store import appearing, write_json
 
 
 def save_divergence(target_ref: Path, source_ref: Path, out: Path, as_json: bool) -> dict[str, Any] | None:
-    """`lingraft divergence`."""
+    """`lingraft divergence`; of two stacks that of every part."""
+    if is_stack(target_ref) or is_stack(source_ref):
+        pairs = _alike({"target_ref": target_ref, "source_ref": source_ref})
+        with appearing(out, {"kind": "divergence", "of": [stack_digest(target_ref), stack_digest(source_ref)]}) as work:
+            found = {
+                name: _divergence(part["target_ref"], part["source_ref"], work / name) for name, part in pairs.items()
+            }
+            write_note(work, list(pairs), {"of": "divergences"})
+    else:
+        found = {"": _divergence(target_ref, source_ref, out)}
+    if as_json:
+        return {"out": str(out), **found[""]} if "" in found else {"out": str(out), "parts": found}
+    for name, alike in found.items():
+        cosine = "undefined (one of them is zero)" if alike["cosine"] is None else f"{alike['cosine']:.3f}"
+        click.echo(f"{out / name}: cosine of the two updates {cosine}", err=True)
+    return None
+
+
+def _divergence(target_ref: Path, source_ref: Path, out: Path) -> dict[str, Any]:
+    """Saves one divergence; the cosine and the norms of its references."""
     found, provenance = divergence_of(target_ref, source_ref)
     alike = similarity(found.target_ref, found.source_ref)
     found.save(out, provenance)
-    if as_json:
-        return {"out": str(out), "cosine": alike["cosine"], "norms": alike["norms"]}
-    cosine = "undefined (one of them is zero)" if alike["cosine"] is None else f"{alike['cosine']:.3f}"
-    click.echo(f"{out}: cosine of the two updates {cosine}", err=True)
-    return None
+    return {"cosine": alike["cosine"], "norms": alike["norms"]}
+
+
+def _alike(folders: Mapping[str, Path]) -> dict[str, dict[str, Path]]:
+    """The parts of stacks side by side, by their names, the lowest first.
+
+    Raises:
+        AdapterError: They have not the same.
+    """
+    names = {
+        role: [part.name for part in parts_of(folder)] if is_stack(folder) else [] for role, folder in folders.items()
+    }
+    first = next(iter(names.values()))
+    if any(found != first for found in names.values()):
+        said = ", ".join(f"--{role.replace('_', '-')} {' and '.join(n) or 'no stack'}" for role, n in names.items())
+        raise AdapterError(f"the stacks have different parts: {said}", remedy="give stacks of the same kind")
+    return {name: {role: folder / name for role, folder in folders.items()} for name in first}
 
 
 def _named_numbers(texts: Sequence[str], what: str) -> list[tuple[str, float]]:
@@ -50,28 +82,64 @@ def merge_adapters(
     adapters: Sequence[str], verify: bool, out: Path, as_json: bool, **options: Any
 ) -> dict[str, Any] | None:
     """`lingraft merge`."""
+    roles = ("task", "target_ref", "source_ref", "divergence_dir")
+    folders = {role: options[role] for role in roles if options[role] is not None}
     combining = options["method"] in merging.COMBINATIONS if options["method"] else bool(adapters)
-    made = _combination(adapters, options) if combining else _graft(adapters, options)
-    merged = made.merge(made.parts)
-    with appearing(out, {"kind": "merge", **made.provenance}) as work:
-        merged.write(work, made.provenance)
-        kept, guarded = merging.energy_kept(merged), merged.notes.guarded
-        write_json(work / "extra.json", {"energy_kept": kept, "guarded": guarded})
-    result: dict[str, Any] = {"out": str(out), "energy_kept": kept, "guarded": sum(guarded.values())}
+    if not combining and any(map(is_stack, folders.values())):
+        parts = {name: _graft(adapters, _of_part(options, part)) for name, part in _alike(folders).items()}
+    else:
+        parts = {"": _combination(adapters, options) if combining else _graft(adapters, options)}
+    made = next(iter(parts.values()))
+    record = made.provenance if "" in parts else {"parts": {name: part.provenance for name, part in parts.items()}}
+    results: dict[str, dict[str, Any]] = {}
+    with appearing(out, {"kind": "merge", **record}) as work:
+        for name, part in parts.items():
+            (work / name).mkdir(exist_ok=True)
+            results[name] = _written(part, work / name)
+        if "" not in parts:
+            write_note(work, list(parts), {**(read_sidecar(folders["task"]) or {}), "provenance": record})
     if verify:
-        result["relative_error"] = merging.verify(out, made.parts, made.exact)
+        for name, part in parts.items():
+            results[name]["relative_error"] = merging.verify(out / name, part.parts, part.exact)
     if as_json:
-        return result
-    said = [f"{out}: {made.title}, {len(merged.layout)} sites"]
-    if kept:
-        said.append(f"energy kept: mean {100 * kept['mean']:.2f} %, least {100 * kept['least']:.2f} %")
-    if guarded:
-        count, places = sum(guarded.values()), len(guarded)
-        said.append(f"guarded: {count} numbers at {places} sites, too near nothing to divide by or out of bounds")
-    if verify:
-        said.append(f"relative error: {result['relative_error']:.2e}")
-    click.echo("\n".join(said), err=True)
+        return {"out": str(out), **results[""]} if "" in parts else {"out": str(out), "parts": results}
+    for name, part in parts.items():
+        click.echo("\n".join(_said(out / name, part, results[name])), err=True)
     return None
+
+
+def _of_part(options: dict[str, Any], part: Mapping[str, Path]) -> dict[str, Any]:
+    """The options of a merge for one part of the stacks; language adapters are merged number by number."""
+    structure = Adapter.load(part["task"]).structure if "task" in part else ""
+    plain = options["method"] in (None, "transfer") and options["space"] is None
+    return {**options, **part, "space": merging.LANGUAGE_SPACES.get(structure) if plain else options["space"]}
+
+
+def _written(made: "_Made", folder: Path) -> dict[str, Any]:
+    """Computes a merge into a folder, and says what showed on the way."""
+    merged = made.merge(made.parts)
+    merged.write(folder, made.provenance)
+    kept, guarded = merging.energy_kept(merged), merged.notes.guarded
+    write_json(folder / "extra.json", {"energy_kept": kept, "guarded": guarded})
+    return {
+        "energy_kept": kept,
+        "guarded": sum(guarded.values()),
+        "guarded_sites": len(guarded),
+        "sites": len(merged.layout),
+    }
+
+
+def _said(place: Path, made: "_Made", result: dict[str, Any]) -> list[str]:
+    """A merge's figures for people."""
+    said = [f"{place}: {made.title}, {result['sites']} sites"]
+    if kept := result["energy_kept"]:
+        said.append(f"energy kept: mean {100 * kept['mean']:.2f} %, least {100 * kept['least']:.2f} %")
+    if result["guarded"]:
+        count, places = result["guarded"], result["guarded_sites"]
+        said.append(f"guarded: {count} numbers at {places} sites, too near nothing to divide by or out of bounds")
+    if "relative_error" in result:
+        said.append(f"relative error: {result['relative_error']:.2e}")
+    return said
 
 
 @dataclass(frozen=True)
@@ -166,9 +234,12 @@ def inspect_folders(folders: Sequence[Path], as_json: bool) -> dict[str, Any] | 
 
     from lingraft.report.terminal import lines
 
+    compared = len(folders) == 2
+    if len(folders) == 1:  # Of a stack every part.
+        folders = parts_of(folders[0])
     loaded = [_as_adapter(folder) for folder in folders]
     described = [_described(folder, *found) for folder, found in zip(folders, loaded, strict=True)]
-    alike = similarity(loaded[0][0], loaded[1][0]) if len(loaded) == 2 else None
+    alike = similarity(loaded[0][0], loaded[1][0]) if compared else None
     if as_json:
         return {"adapters": described, "similarity": alike}
     console = Console()

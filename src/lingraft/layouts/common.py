@@ -220,6 +220,9 @@ def check_folder(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise AdapterError("there is no such adapter folder", where=folder, remedy="check the path")
+    if not (folder / CONFIG).is_file() and (read_sidecar(folder) or {}).get("kind") == "stack":
+        parts = " or ".join(sorted(part.parent.name for part in folder.glob(f"*/{CONFIG}")))
+        raise AdapterError("this is a stack, not an adapter", where=folder, remedy=f"give one of its parts: {parts}")
     if not (folder / CONFIG).is_file():
         raise AdapterError(f"this folder has no {CONFIG}", where=folder, remedy="give the folder of a PEFT adapter")
     if not (folder / WEIGHTS).is_file():
