@@ -199,7 +199,7 @@ def peft_config(values: Mapping[str, Any]) -> Any:
     kind: Any = values["peft_type"]
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING or kind not in PEFT_TYPE_TO_TUNER_MAPPING:
         raise AdapterError(f"an adapter of the type {kind} can be merged, but not yet put on a model")
-    made = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    made: Any = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     known = {f.name for f in dataclasses.fields(made) if f.init} - {"peft_type"}
     # Lists are copied: PEFT adds to them.
     return made(**{k: list(v) if isinstance(v, list) else v for k, v in values.items() if k in known})

@@ -1,7 +1,7 @@
 """What a user may ask for: frozen values that refuse unknown keys, read from YAML and `key=value` overrides."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
@@ -86,7 +86,9 @@ class AdapterConfig(Config):
     entries: int = Field(
         default=7_667_712, ge=1, description="sparse: K, how many numbers of the model change (LF-SFT's for a language)"
     )
-    l1: float = Field(default=0.0, ge=0, description="sparse: λ of the penalty λ/N · ‖θ − θ0‖₁, N the model's parameters")
+    l1: float = Field(
+        default=0.0, ge=0, description="sparse: λ of the penalty λ/N · ‖θ − θ0‖₁, N the model's parameters"
+    )
     select: Literal["change", "gradient"] = Field(
         default="change",
         description="sparse: the entries that full fine-tuning moves most, or (not LF-SFT's way, in less memory) those of the "
@@ -140,6 +142,15 @@ class TrainingConfig(Config):
     max_output: int = Field(default=128, ge=2, description="encoder-decoders: tokens of an answer")
 
     later: ClassVar[frozenset[str]] = frozenset({"limit", "max_output"})
+
+
+def epochs_read(adapter: Mapping[str, Any], training: Mapping[str, Any]) -> float:
+    """How often a training reads its data, from the keys of its configurations: sparse differences are learned in two phases."""
+    first = 0.0
+    if adapter["family"] == "sparse":
+        first = adapter.get("first_epochs")
+        first = training["epochs"] if first is None else first
+    return training["epochs"] + first
 
 
 TEXT_TASKS = {
@@ -294,6 +305,92 @@ class TranslationConfig(Config):
         return self
 
 
+class MadxConfig(Config):
+    """MAD-X (Pfeiffer et al. 2020): language adapters, and a task adapter trained on top of the source language's."""
+
+    language_reduction: float = Field(
+        default=2, ge=1, description="of the language adapters: the model's width over the bottleneck's"
+    )
+    task_reduction: float = Field(default=16, ge=1, description="the same, of the task adapter")
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    invertible: bool = Field(
+        default=True,
+        description="language adapters have an invertible coupling behind the embeddings, inverted before the output embedding",
+    )
+    leave_out_last: bool = Field(default=False, description="no adapter in the last layer (MAD-X 2.0)")
+    training: TrainingConfig | None = Field(
+        default=None, description="of the task adapter; absent: as the experiment's `training`"
+    )
+    reference_training: TrainingConfig | None = Field(
+        default=None, description="of the language adapters; absent: as the experiment's `reference_training`"
+    )
+
+    @property
+    def language_adapter(self) -> AdapterConfig:
+        """The structure of a language adapter."""
+        return self._adapter(self.language_reduction, self.invertible)
+
+    @property
+    def task_adapter(self) -> AdapterConfig:
+        """The structure of the task adapter."""
+        return self._adapter(self.task_reduction, False)
+
+    def _adapter(self, reduction: float, invertible: bool) -> AdapterConfig:
+        return AdapterConfig(
+            family="bottleneck",
+            reduction=reduction,
+            positions="madx",
+            activation=self.activation,
+            invertible=invertible,
+            leave_out_last=self.leave_out_last,
+        )
+
+
+class LfsftConfig(Config):
+    """LF-SFT (Ansell et al. 2022): sparse differences of languages and of the task, learned on top of the source language's."""
+
+    language_entries: int = Field(default=7_667_712, ge=1, description="K, how many numbers a language changes")
+    task_entries: int = Field(default=14_155_776, ge=1, description="K of the task")
+    modules: str | tuple[str, ...] = Field(
+        default="all", description="whose numbers: all but norms and the output embedding, or those of modules named"
+    )
+    l1: float = Field(
+        default=0.1,
+        ge=0,
+        description="λ of the penalty λ/N · ‖θ − θ0‖₁, in both phases of a language; the task has none",
+    )
+    select: Literal["change", "gradient"] = Field(
+        default="change", description="which numbers change: see `adapter.select`"
+    )
+    first_epochs: float | None = Field(
+        default=None,
+        ge=0,
+        description="epochs of the task's first phase, which selects; absent: as many as the second's",
+    )
+    reference_first_epochs: float | None = Field(default=None, ge=0, description="the same, of a language")
+    training: TrainingConfig | None = Field(
+        default=None, description="of the task's second phase; absent: as the experiment's `training`"
+    )
+    reference_training: TrainingConfig | None = Field(
+        default=None, description="of a language's second phase; absent: as the experiment's `reference_training`"
+    )
+
+    @property
+    def language_adapter(self) -> AdapterConfig:
+        """The structure of a language's sparse difference."""
+        return self._adapter(self.language_entries, self.l1, self.reference_first_epochs)
+
+    @property
+    def task_adapter(self) -> AdapterConfig:
+        """The structure of the task's."""
+        return self._adapter(self.task_entries, 0.0, self.first_epochs)
+
+    def _adapter(self, entries: int, l1: float, first_epochs: float | None) -> AdapterConfig:
+        return AdapterConfig(
+            family="sparse", entries=entries, modules=self.modules, l1=l1, select=self.select, first_epochs=first_epochs
+        )
+
+
 class MergeConfig(Config):
     """Which sites are merged, and to what rank a product-space merge is compressed."""
 
@@ -390,6 +487,8 @@ class Experiment(Config):
         default=None, description="of the second stage, on both languages; absent: as `training`"
     )
     mixup: MixupConfig = MixupConfig()
+    madx: MadxConfig = MadxConfig()
+    lfsft: LfsftConfig = LfsftConfig()
     translation: TranslationConfig = TranslationConfig()
     merge: MergeConfig = MergeConfig()
     methods: tuple[str, ...] = ("vanilla", "eng-ft", "adamergex", "adamergex-product")
@@ -451,6 +550,15 @@ class Experiment(Config):
         return self
 
     @model_validator(mode="after")
+    def _own_adapter(self) -> "Experiment":
+        if self.adapter.invertible:
+            raise ValueError(
+                "adapter.invertible: a coupling belongs to language adapters, which the methods madx and madx-graft train "
+                "(madx.invertible); an experiment's own adapter has none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _fewer_seeds(self) -> "Experiment":
         if self.selection.seeds is not None and not set(self.seeds) >= set(self.selection.seeds) > set():
             raise ValueError(f"'selection.seeds' must be some of {list(self.seeds)}")
@@ -475,6 +583,10 @@ class Experiment(Config):
     def reference_values(self) -> TrainingConfig:
         """Training values of the reference adapters."""
         return self.reference_training or self.training
+
+    def stack(self, name: str) -> MadxConfig | LfsftConfig:
+        """What language and task adapters are that stand on one another: those of `madx` or `lfsft`."""
+        return {"madx": self.madx, "lfsft": self.lfsft}[name]
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:

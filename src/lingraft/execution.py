@@ -16,8 +16,10 @@ from lingraft.config import AdapterConfig, Experiment, FusionConfig, MixupConfig
 from lingraft.digests import digest_value
 from lingraft.errors import DataError, writing
 from lingraft.languages import name_of
+from lingraft.layouts.common import read_sidecar
 from lingraft.locating import Located
 from lingraft.merging import Graft, content_digest, divergence_of, energy_kept, similarity
+from lingraft.methods import method
 from lingraft.metrics import Generated
 from lingraft.plan import Step
 from lingraft.plan.two_languages import translated_file
@@ -31,6 +33,7 @@ from lingraft.predictions import (
     write_predictions,
     write_scored,
 )
+from lingraft.stacks import load_stack, parts_of, stack_digest, write_note
 from lingraft.store import Store, read_json, write_json
 from lingraft.tasks.items import Example, sampled, subset
 from lingraft.tasks.pairs import all_concatenated, paired
@@ -71,13 +74,20 @@ class Session:
     def backbone(self) -> "Backbone":
         """The loaded base model."""
         from lingraft.backbones import Backbone
-        from lingraft.structures import fresh, sites
+        from lingraft.structures import fresh, fresh_coupling, sites
 
         self.progress(0, 0, "loading the base model")
         loaded = Backbone(self.located)
         # A module that does not exist is said now, not after an hour of training.
         made, _ = fresh(loaded, self.experiment.adapter, 0)
         roles.select(sites(made), self.experiment.merge.modules)
+        for stack in dict.fromkeys(method(name).stack for name in self.experiment.methods):
+            if stack is not None:
+                settings = self.experiment.stack(stack)
+                for adapter in (settings.language_adapter, settings.task_adapter):
+                    fresh(loaded, adapter, 0)
+                if settings.language_adapter.invertible:
+                    fresh_coupling(loaded, settings.language_adapter, 0)
         return loaded
 
     @cached_property
@@ -289,11 +299,17 @@ def _train(step: Step, session: Session, work: Path) -> dict[str, Any]:
         seed=config["seed"],
         start_from=None if start is None else session.folder(start),
         second=second,
+        beneath=_beneath(step, session),
         provenance={"language": config["language"], **what, "training": values.key(), "step": step.key},
         trackers=session.experiment.trackers,
         progress=lambda done, total, loss: session.progress(done, total, f"loss {loss:.3f}"),
         head=_head(config),
     ) | {k: what[k] for k in ("truncated", "left_out", "without_counterpart") if what.get(k)}
+
+
+def _beneath(step: Step, session: Session) -> tuple[Adapter, ...]:
+    """The adapters that a step's own adapter stands on, the lowest first."""
+    return load_stack([session.folder(step.inputs["beneath"])]) if "beneath" in step.inputs else ()
 
 
 def _second(step: Step, session: Session) -> "SecondStage | None":
@@ -365,8 +381,47 @@ def _grafted(
     return graft.onto(task, divergence), graft.provenance(task, names)
 
 
+def _grafted_beneath(
+    inputs: Mapping[str, Step], spaces: Mapping[str, str], weight: float, session: Session
+) -> tuple[dict[str, Adapter], dict[str, Any]]:
+    """Language adapters merged part by part, `L_s + λ(L_t − L_s)`: the parts by their structure, the lowest first."""
+    target, source = session.folder(inputs["target_ref"]), session.folder(inputs["source_ref"])
+    found: dict[str, Adapter] = {}
+    for theirs, own in zip(parts_of(target), parts_of(source), strict=True):
+        divergence, part = Adapter.load(theirs) - Adapter.load(own), Adapter.load(own)
+        graft = Graft(weight, space=spaces[part.structure])
+        # At 0 and 1 they are the source's and the target's themselves, bit for bit.
+        ends = {0.0: part, 1.0: divergence.target_ref}
+        found[part.structure] = ends[weight] if weight in ends else graft.onto(part, divergence)
+    provenance = {
+        "how": "transfer",
+        "language": inputs["target_ref"].config["language"],
+        "weight": weight,
+        "spaces": dict(spaces),
+        "inputs": {"target_ref": stack_digest(target), "source_ref": stack_digest(source)},
+        "lingraft": __version__,
+    }
+    return found, provenance
+
+
+def _merge_beneath(step: Step, weight: float, session: Session, work: Path) -> dict[str, Any]:
+    """Merged language adapters: a folder of parts, or of the only part."""
+    parts, provenance = _grafted_beneath(step.inputs, step.config["beneath"], weight, session)
+    provenance["step"] = step.key
+    notes = read_sidecar(session.folder(step.inputs["source_ref"])) or {}
+    if len(parts) > 1:
+        write_note(work, list(parts), {**notes, "provenance": provenance})
+    for name, part in parts.items():
+        folder = work / name if len(parts) > 1 else work
+        folder.mkdir(exist_ok=True)
+        part.write(folder, provenance)
+    return {"weight": weight}
+
+
 def _merge(step: Step, session: Session, work: Path) -> dict[str, Any]:
     weight = read_json(session.folder(step.inputs["selection"]) / SELECTED)["weight"]
+    if "beneath" in step.config:
+        return _merge_beneath(step, weight, session, work)
     merged, provenance = _grafted(step.inputs, step.config, weight, session)
     merged.write(work, {**provenance, "step": step.key})
     guarded = sum(merged.notes.guarded.values())
@@ -401,11 +456,15 @@ def _project(step: Step, session: Session, work: Path) -> dict[str, Any]:
     return {"environment": environment(backbone)}
 
 
-def _adapter_of(step: Step, session: Session) -> Adapter | None:
-    """What is put on the base: nothing, an adapter, or a graft merged in memory."""
-    if step.config["graft"] is not None:
-        return _grafted(step.inputs, step.config["graft"], step.config["graft"]["weight"], session)[0]
-    return Adapter.load(session.folder(step.inputs["adapter"])) if "adapter" in step.inputs else None
+def _adapters_of(step: Step, session: Session) -> tuple[Adapter, ...]:
+    """What is put on the base, the lowest first: nothing, an adapter on what lies beneath it, or a graft merged in memory."""
+    graft = step.config["graft"]
+    if graft is not None and "beneath" not in graft:
+        return (_grafted(step.inputs, graft, graft["weight"], session)[0],)
+    if graft is None:
+        return load_stack([session.folder(step.inputs[role]) for role in ("beneath", "adapter") if role in step.inputs])
+    beneath, _ = _grafted_beneath(step.inputs, graft["beneath"], graft["weight"], session)
+    return (*beneath.values(), Adapter.load(session.folder(step.inputs["adapter"])))
 
 
 def _predict(step: Step, session: Session, work: Path) -> dict[str, Any]:
@@ -413,7 +472,7 @@ def _predict(step: Step, session: Session, work: Path) -> dict[str, Any]:
     from lingraft.evaluation import Asking, ask
 
     config = step.config
-    adapter = _adapter_of(step, session)
+    adapters = _adapters_of(step, session)
     examples = session.asked(step, config["limit"])
     skipped = session.skipped(step)
     backbone = session.backbone
@@ -425,7 +484,7 @@ def _predict(step: Step, session: Session, work: Path) -> dict[str, Any]:
         new_tokens=config.get("new_tokens", 0),
         stop=tuple(config.get("stop", ())),
     )
-    said = ask(backbone, adapter, examples, asking, lambda done, total: session.progress(done, total, ""))
+    said = ask(backbone, adapters, examples, asking, lambda done, total: session.progress(done, total, ""))
     if isinstance(said[0], Generated):
         write_generated(work, said)  # pyright: ignore[reportArgumentType]
     else:
@@ -445,7 +504,7 @@ def _read(step: Step, session: Session, work: Path) -> dict[str, Any]:
 
     config, backbone = step.config, session.backbone
     texts = [e.prompt for e in session.asked(step, config["limit"])]
-    value, tokens = text_log_likelihood(backbone, _adapter_of(step, session), texts, max_length=config["max_length"])
+    value, tokens = text_log_likelihood(backbone, _adapters_of(step, session), texts, max_length=config["max_length"])
     write_json(work / READING, {"log_likelihood": value, "tokens": tokens})
     return {"environment": environment(backbone)}
 

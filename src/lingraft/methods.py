@@ -27,8 +27,9 @@ class Method:
         title: What tables print.
         says: One line on what it does.
         adapter: What is evaluated: nothing, the task's adapter in the `source` or the `target` language, one trained on the
-            source's task `sequential`ly after the target's reference task, T trained on with `projected` labels, a `graft`, or a
-            `second` stage, trained in the target language on top of a first one that is merged in.
+            source's task `sequential`ly after the target's reference task, T trained on with `projected` labels, a `graft`, a
+            `second` stage, trained in the target language on top of a first one that is merged in, or a `stack`: the target's
+            language adapter and on it a task adapter that was trained on the source's.
         references: For a graft, whose difference is added: the reference adapter of the target, the source or another language,
             or the `initial` adapter, which is untrained (LoRA: an update of zero); the same of T trained on with projected
             labels, where T itself (`task`) is what training began with.
@@ -44,12 +45,14 @@ class Method:
             translation encoder's, or `mixup`.
         first: For a second stage, the first: the task's adapter in the `source` language, or a graft, by its name.
         function: For a fused second stage, φ; None: the experiment's.
+        stack: What language and task adapters are that stand on one another: MAD-X's or LF-SFT's. A graft of these is one of what
+            lies beneath: `L_s + λ(L_t − L_s)`, so that λ = 0 is the source's language adapter and λ = 1 the target's.
     """
 
     name: str
     title: str
     says: str
-    adapter: Literal["none", "source", "target", "sequential", "projected", "graft", "second"]
+    adapter: Literal["none", "source", "target", "sequential", "projected", "graft", "second", "stack"]
     references: tuple[Reference, Reference] = ("target", "source")
     space: str | None = None
     rule: str = "transfer"
@@ -60,6 +63,7 @@ class Method:
     second: Literal["lora", "fused", "fused-mt", "mixup"] | None = None
     first: str = "source"
     function: str | None = None
+    stack: Literal["madx", "lfsft"] | None = None
 
 
 _ROWS = (
@@ -138,6 +142,34 @@ _ROWS = (
         "control: sequential",
         "the task trained on top of the target's reference adapter",
         "sequential",
+    ),
+    Method(
+        "madx",
+        "MAD-X",
+        "the task's adapter, trained on top of the source's language adapter, on top of the target's (Pfeiffer et al. 2020)",
+        "stack",
+        stack="madx",
+    ),
+    Method(
+        "lfsft",
+        "LF-SFT",
+        "the task's sparse difference, learned beside the source language's, beside the target's (Ansell et al. 2022)",
+        "stack",
+        stack="lfsft",
+    ),
+    Method(
+        "madx-graft",
+        "MAD-X, grafted languages",
+        "MAD-X on L_s + λ(L_t − L_s), between and beyond the language adapters; λ = 1 is MAD-X",
+        "graft",
+        stack="madx",
+    ),
+    Method(
+        "lfsft-graft",
+        "LF-SFT, grafted languages",
+        "LF-SFT on L_s + λ(L_t − L_s), between and beyond the languages' sparse differences; λ = 1 is LF-SFT",
+        "graft",
+        stack="lfsft",
     ),
     Method(
         "projection",
@@ -260,6 +292,8 @@ def method(name: str) -> Method:
         return found
     if criterion == "norms" and found.rule != "transfer":
         raise UserError(f"'{name}': the ratio of norms has no meaning where coefficients sum to 1")
+    if criterion == "norms" and found.stack is not None:
+        raise UserError(f"'{name}': the ratio of norms has no meaning where the task's adapter is not what is merged")
     return replace(
         found,
         name=name,

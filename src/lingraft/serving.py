@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lingraft.config import NO_REFERENCE, Experiment
+from lingraft.config import NO_REFERENCE, Experiment, TrainingConfig
 from lingraft.errors import ConfigError
 from lingraft.methods import Method
 from lingraft.tasks.table import TASKS
@@ -43,6 +43,7 @@ def check_served(architecture: str, task: Task, experiment: Experiment, methods:
         )
     for row in methods:
         _check_two_languages(architecture, task, row)
+        _check_stack(architecture, experiment, row)
         if encoder and (row.adapter == "none" or row.prompt is not None):
             raise ConfigError(
                 f"the method '{row.name}' asks the model in words; an encoder without a trained head says nothing",
@@ -62,10 +63,52 @@ def check_served(architecture: str, task: Task, experiment: Experiment, methods:
                 f"the task '{task.name}' has no prompt '{row.prompt}', which the method '{row.name}' asks with",
                 remedy=f"leave it out; the task's prompts: {', '.join(task.prompts)}",
             )
+    _check_sparse(experiment, methods)
     if encoder and experiment.evaluation.scoring not in ("auto",):
         raise ConfigError(
             f"evaluation.scoring={experiment.evaluation.scoring}: an encoder answers with its head", remedy="use auto"
         )
+
+
+def _check_sparse(experiment: Experiment, methods: Sequence[Method]) -> None:
+    """Makes sure that sparse differences can be learned.
+
+    Raises:
+        ConfigError: They cannot.
+    """
+    for row in methods:
+        goes_on = row.adapter in ("sequential", "projected") or any("projected" in name for name in row.references)
+        if goes_on and experiment.adapter.family == "sparse":
+            raise ConfigError(
+                f"'{row.name}' goes on from another adapter, and a sparse difference starts at the base's own weights",
+                remedy="leave it out of `methods`, or use another structure",
+            )
+    trainings = _trainings(experiment, methods)
+    if any(values.weight_decay for values in trainings):
+        raise ConfigError(
+            "a sparse difference is trained without weight decay, which would move what shall not change",
+            remedy="use weight_decay=0",
+        )
+    if trainings and experiment.backbone.quantization != "none":
+        raise ConfigError(
+            f"a sparse difference changes weights of the base, and {experiment.backbone.quantization} weights cannot be changed "
+            "number by number",
+            remedy="use backbone.quantization=none, or another structure",
+        )
+
+
+def _trainings(experiment: Experiment, methods: Sequence[Method]) -> list[TrainingConfig]:
+    """The training values with which sparse differences are learned."""
+    found: list[TrainingConfig] = []
+    if experiment.adapter.family == "sparse":
+        found += [experiment.training, experiment.reference_values]
+    if any(row.stack == "lfsft" for row in methods):
+        settings = experiment.lfsft
+        found += [
+            settings.training or experiment.training,
+            settings.reference_training or experiment.reference_values,
+        ]
+    return found
 
 
 def _check_two_languages(architecture: str, task: Task, row: Method) -> None:
@@ -83,6 +126,23 @@ def _check_two_languages(architecture: str, task: Task, row: Method) -> None:
         raise ConfigError(
             f"'{row.name}' mixes the states of an encoder, and this backbone is a decoder",
             remedy="leave it out of `methods`, or use an encoder or an encoder-decoder",
+        )
+
+
+def _check_stack(architecture: str, experiment: Experiment, row: Method) -> None:
+    """Makes sure that language adapters can be trained.
+
+    Raises:
+        ConfigError: They cannot.
+    """
+    if row.stack is None:
+        return
+    reference, learns = experiment.reference.task, " or ".join(LEARNS[architecture])
+    if reference not in LEARNS[architecture]:
+        said = "there is no reference task" if reference == NO_REFERENCE else f"'{reference}' is not that"
+        raise ConfigError(
+            f"the language adapters of '{row.name}' learn language modelling on plain text, and {said}",
+            remedy=f"use reference.task={learns} with reference.text or reference.hub, or leave '{row.name}' out",
         )
 
 

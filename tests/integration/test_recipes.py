@@ -11,18 +11,22 @@ from click.testing import CliRunner, Result
 from lingraft.cli import main
 from lingraft.config import Experiment, load_experiment
 from lingraft.languages import LANGUAGES
+from lingraft.locating import locate
 from lingraft.methods import method
+from lingraft.plan import Plan, characters, make_plan
 from lingraft.predictions import read_generated, read_predictions
 from lingraft.protocols import PAPER_TARGETS
 from lingraft.store import read_json, write_json
+from lingraft.tasks.sources import without_the_hub
 from tests.conftest import save_tiny_model
 from tests.integration.tiny_data import PARALLEL, TRANSLATED, write_all
 
 ROOT = Path(__file__).parents[2] / "recipes"
+COMPARED = "madx-lfsft-gemma3-270m"
 RECIPES = sorted(
     path.relative_to(ROOT).with_suffix("").as_posix()
-    for folder in ("adamergex", "flare", "gemma3-270m")
-    for path in (ROOT / folder).glob("*.yaml")
+    for pattern in ("adamergex/*", "flare/*", "gemma3-270m/*", COMPARED)
+    for path in ROOT.glob(f"{pattern}.yaml")
 )
 ARCHITECTURES = {
     "NousResearch/Llama-2-7b-hf": "llama",
@@ -58,6 +62,7 @@ SECOND = [
     ("adamergex/llama2-ia3-rule", "xquad"),
     ("adamergex/llama2-lora-sources", "xlsum"),
     ("adamergex/xlmr-prefix", "xquad"),
+    ("adamergex/xlmr-madx-lfsft", "xquad"),
     ("adamergex/t5-lora", "xcopa"),
     ("adamergex/mt5-lora", "xlsum"),
     *((f"flare/{model}", task) for model in ("xlmr-large", "mt5-xl", "llama3.1-8b") for task in ("tydiqa", "nusax")),
@@ -68,6 +73,8 @@ QUICK = {
     ("adamergex/xlmr-lora", None),
     ("adamergex/t5-lora", None),
     ("gemma3-270m/mgsm", None),
+    (COMPARED, None),
+    ("adamergex/xlmr-madx-lfsft", "xquad"),
     ("flare/xlmr-large", None),
     ("flare/mt5-xl", "tydiqa"),
     ("flare/llama3.1-8b", None),
@@ -123,6 +130,11 @@ def overrides(name: str, task: str | None, models: Path) -> list[str]:
             "reference_training.batch_size=4",
             f"reference_training.max_length={length}",
         ]
+    stacks = {row.stack for row in map(method, asked.methods)} - {None}
+    if "lfsft" in stacks:
+        changed += ["lfsft.language_entries=400", "lfsft.task_entries=600"]
+    for part in (f"{stack}.{part}" for stack in stacks for part in ("training", "reference_training")):
+        changed += [f"{part}.epochs=0.5", f"{part}.batch_size=4", f"{part}.max_length={length}"]
     if not asked.reference.labelled and asked.reference.task != "none":
         small = {"segment_tokens": 48, "max_segments": 6}
         changed += [f"reference.{key}={value}" for key, value in {"hub": "null", "text": PARALLEL, **small}.items()]
@@ -283,7 +295,7 @@ def test_languages_that_a_task_has_not_are_said_before_anything_runs(
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_cost_of_a_recipe_is_known_before_it_is_begun(name: str, data: Path, tmp_path: Path) -> None:
     """As it stands, on the model it names, which nobody has fetched; the demo's recipes read files."""
-    files = ["--data-dir", data] if name.startswith("gemma3") else []
+    files = ["--data-dir", data] if "gemma3" in name else []
     words = ["run", recipe(name), *files, "--out", tmp_path / "run", "--dry-run"]
     printed = done(*words).stdout
     assert all(said in printed for said in ("would train:", "to do", "tokens read", "GPU hours", "GiB of memory"))
@@ -297,6 +309,40 @@ def test_the_cost_of_a_recipe_is_known_before_it_is_begun(name: str, data: Path,
     # What asks the hub for a commit is unresolved offline; nothing else is.
     assert bool(found["unresolved"]) == (not files)
     assert not (tmp_path / "run").exists()
+
+
+def planned(name: str, *changes: str) -> Plan:
+    with without_the_hub():
+        experiment = load_experiment(recipe(name), changes)
+        return make_plan(experiment, locate(experiment.backbone))
+
+
+@pytest.mark.parametrize(
+    "changes", [(), ("task=xquad", "targets=[th, el, ru, sw]", "training.max_length=384")], ids=["xcopa", "xquad"]
+)
+def test_the_recipe_with_mad_x_and_lf_sft_shares_the_trainings_of_the_one_without(changes: tuple[str, ...]) -> None:
+    own = "methods=[eng-ft, adamergex]"  # The controls need an untrained adapter and other languages besides.
+    plans = [
+        planned("adamergex/xlmr-prefix", *changes, own),
+        planned("adamergex/xlmr-madx-lfsft", *changes),
+    ]
+    alone, beside = ({s.label: s.key for s in plan.steps if s.kind == "train"} for plan in plans)
+    shared = {label: key for label, key in alone.items() if label in beside}
+    assert shared == {label: beside[label] for label in shared}
+    assert set(shared) == set(alone) > set()
+    assert {label.split()[1] for label in set(beside) - set(shared)} == {"madx", "lfsft"}
+    absent = {(name, code) for name, code, _ in plans[1].absent if code != "en"}
+    assert absent == ({(name, "sw") for name in ("eng-ft", "adamergex", "madx", "lfsft")} if changes else set())
+
+
+def test_all_methods_of_the_comparison_read_the_same_text_as_often(data: Path) -> None:
+    plan = planned(COMPARED, f"data_dir={data}")
+    read = characters(plan.experiment, plan.steps)
+    sizes = {step.label: read[step.key] for step in plan.steps if step.kind == "train"}
+    for language in ("en", "sw", "yo", "de"):
+        names = ("", "madx ", "lfsft ")
+        assert len({sizes[f"train {name}clm {language} seed 0"] for name in names}) == 1
+        assert len({sizes[f"train {name}topics en seed 0"] for name in names}) == 1
 
 
 @pytest.mark.usefixtures("wide")

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lingraft.config import (
+    AdapterConfig,
     CustomTask,
     Experiment,
     SelectionConfig,
     TrainingConfig,
+    epochs_read,
     load_experiment,
     parse_override,
     parse_yaml,
@@ -301,3 +303,45 @@ def test_a_folder_or_bytes_instead_of_a_file_is_an_error_of_the_user(tmp_path: P
     path.write_bytes(b"name: \xff\n")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_experiment(path)
+
+
+def test_language_and_task_adapters_have_the_published_values() -> None:
+    asked = validated(Experiment, tree())
+    language, task = asked.madx.language_adapter, asked.madx.task_adapter
+    assert (language.family, language.positions, language.reduction, language.invertible) == (
+        "bottleneck",
+        "madx",
+        2,
+        True,
+    )
+    assert (task.positions, task.reduction, task.invertible) == ("madx", 16, False)
+    language, task = asked.lfsft.language_adapter, asked.lfsft.task_adapter
+    assert (language.family, language.entries, language.l1) == ("sparse", 7_667_712, 0.1)
+    assert (task.family, task.entries, task.l1) == ("sparse", 14_155_776, 0)
+    assert asked.stack("madx") is asked.madx and asked.stack("lfsft") is asked.lfsft
+
+
+@pytest.mark.parametrize("family", ["lora", "bottleneck", "sparse"])
+@given(epochs=st.floats(0, 9), first=st.none() | st.floats(0, 9))
+def test_only_sparse_differences_read_their_data_in_two_phases(family: str, epochs: float, first: float | None) -> None:
+    adapter = {"family": family, **({"first_epochs": first} if family == "sparse" else {})}
+    more = 0 if family != "sparse" else epochs if first is None else first
+    assert epochs_read(adapter, {"epochs": epochs}) == epochs + more
+
+
+def test_keys_of_structures_do_not_know_of_what_came_later() -> None:
+    assert set(AdapterConfig(family="bottleneck").key()) == {"family", "reduction", "positions", "activation"}
+    assert AdapterConfig(family="bottleneck", leave_out_last=True).key()["leave_out_last"] is True
+    assert set(AdapterConfig(family="sparse").key()) == {"family", "entries", "modules", "l1", "select", "first_epochs"}
+
+
+def test_a_coupling_is_for_language_adapters_alone() -> None:
+    error = refusal(adapter={"family": "bottleneck", "positions": "madx", "invertible": True})
+    assert "adapter.invertible: a coupling belongs to language adapters" in error.what
+
+
+@pytest.mark.parametrize(
+    ("part", "right"), [({"madx": {"language_reductions": 3}}, "language_reduction"), ({"lfsft": {"k": 3}}, "l1")]
+)
+def test_a_misspelt_key_of_a_stack_names_the_right_ones(part: dict[str, Any], right: str) -> None:
+    assert right in (refusal(**part).remedy or "")

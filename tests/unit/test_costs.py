@@ -21,6 +21,7 @@ from lingraft.errors import BackboneError, UserError
 from lingraft.locating import Located, locate
 from lingraft.plan import Plan, make_plan
 from lingraft.tasks.sources import without_the_hub
+from tests.conftest import save_tiny_model
 
 SMALL = {
     "vocab_size": 300,
@@ -148,6 +149,8 @@ ADAPTERS = {
     "prefix": AdapterConfig(family="prefix", tokens=5),
     "pfeiffer": AdapterConfig(family="bottleneck", reduction=2),
     "houlsby": AdapterConfig(family="bottleneck", positions="houlsby"),
+    "madx": AdapterConfig(family="bottleneck", positions="madx", reduction=2),
+    "madx without the last layer": AdapterConfig(family="bottleneck", positions="madx", leave_out_last=True),
 }
 
 
@@ -158,6 +161,46 @@ def test_an_adapter_has_as_many_numbers_as_a_fresh_one(name: str, tiny: Any) -> 
     _, tensors = fresh(tiny, ADAPTERS[name], seed=0)
     shape = shape_of(tiny.model.config.to_dict())
     assert adapter_parameters(shape, ADAPTERS[name]) == sum(t.numel() for t in tensors.values())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert", "mt5"])
+def test_a_language_adapter_has_as_many_numbers_as_a_fresh_one(architecture: str, tmp_path: Path) -> None:
+    """MAD-X's: a bottleneck a layer, by stack without the last where that is asked, and one coupling."""
+    from lingraft.backbones import Backbone
+    from lingraft.structures import fresh, fresh_coupling
+
+    folder = save_tiny_model(tmp_path / architecture, architecture)
+    backbone = Backbone(locate(BackboneConfig(model=str(folder), dtype="float32", device="cpu")))
+    shape = shape_of(backbone.model.config.to_dict())
+    for leave_out in (False, True):
+        config = AdapterConfig(
+            family="bottleneck", positions="madx", reduction=2, invertible=True, leave_out_last=leave_out
+        )
+        made = {**fresh(backbone, config, 0)[1], **fresh_coupling(backbone, config, 0)[1]}
+        assert adapter_parameters(shape, config) == sum(t.numel() for t in made.values())
+
+
+def test_a_sparse_difference_changes_at_most_what_there_is() -> None:
+    shape = shape_of(KNOWN["FacebookAI/xlm-roberta-base"])
+    assert adapter_parameters(shape, AdapterConfig(family="sparse", entries=7_667_712)) == 7_667_712
+    few = AdapterConfig(family="sparse", entries=10**12, modules="layer:0")
+    assert adapter_parameters(shape, few) == shape.projections / 12
+    named = AdapterConfig(family="sparse", entries=10**12, modules="word_embeddings")
+    assert adapter_parameters(shape, named) == adapter_parameters(shape, AdapterConfig(family="sparse", entries=10**12))
+
+
+def test_both_phases_of_a_sparse_difference_take_their_memory() -> None:
+    """By hand, in bfloat16: 16 bytes a number and its start in the first phase; 20 an entry and its start in the second."""
+    shape = shape_of(KNOWN["NousResearch/Llama-2-7b-hf"])
+    numbers = 32_000 * 4096 + shape.projections + 65 * 4096
+    for change, expected in {
+        (): 18 * numbers,
+        (("select", "gradient"),): 6 * numbers,
+        (("first_epochs", 0.0),): 22 * 1_000_000,
+    }.items():
+        config = AdapterConfig(family="sparse", entries=1_000_000, **dict(change))  # pyright: ignore[reportArgumentType]
+        # Beside it, for a moment, the gradient of the largest matrix.
+        assert peak_memory(shape, config, "bfloat16", 1, 64).adapter == expected + 2 * 4096 * 11_008
 
 
 def test_lora_on_llama_2_has_the_numbers_of_its_published_files() -> None:
@@ -370,6 +413,56 @@ def test_the_cost_of_a_plan(planned: Any, tiny_folder: Path) -> None:
     assert alone["flops"] < found["flops"]
 
 
+STACKED = {
+    "methods": ["madx", "lfsft"],
+    "evaluation": {"source": False},
+    "lfsft": {"language_entries": 500, "task_entries": 500, "first_epochs": 1.0, "reference_first_epochs": 0.0},
+}
+
+
+def test_what_stands_beneath_is_read_through_and_two_phases_read_twice(planned: Any, tiny_folder: Path) -> None:
+    shape = shape_of(json.loads((tiny_folder / "config.json").read_text()))
+    plan = planned(**STACKED)
+    costs = {step.label: cost(plan, shape, [step]) for step in plan.steps if step.kind in ("train", "predict")}
+
+    def of(label: str, what: str = "tokens") -> float:
+        (row,) = costs[label]["steps"].values()
+        return row[what]
+
+    # Of 2 epochs each: language adapters read 10 segments of 64 tokens; LF-SFT's task reads once more to select.
+    assert of("train madx clm sw seed 0") == of("train lfsft clm sw seed 0") == 2 * 10 * 64
+    assert of("train lfsft topics en seed 0") == pytest.approx(1.5 * of("train madx topics en seed 0"))
+    # A gradient for every weight is half as much again; bottlenecks beneath are read through, differences are in the weights.
+    assert of("train lfsft clm sw seed 0", "flops") > of("train madx clm sw seed 0", "flops") * 1.05
+    plain = cost(planned(methods=["eng-ft"], evaluation={"source": False}), shape)
+    per_token = {
+        name: cells["steps"]["predict"]["flops"] / cells["steps"]["predict"]["tokens"]
+        for name, cells in {
+            "eng-ft": plain,
+            "madx": costs["predict madx seed 0 sw test"],
+            "lfsft": costs["predict lfsft seed 0 sw test"],
+        }.items()
+    }
+    assert per_token["madx"] > per_token["eng-ft"] == pytest.approx(per_token["lfsft"])
+    language = adapter_parameters(shape, plan.experiment.madx.language_adapter)
+    assert per_token["madx"] - per_token["lfsft"] == pytest.approx(2 * language)
+
+
+def test_a_graft_of_language_adapters_is_as_large_as_they_are(planned: Any, tiny_folder: Path) -> None:
+    shape = shape_of(json.loads((tiny_folder / "config.json").read_text()))
+    plan = planned(methods=["madx-graft"], selection={"weights": [0.5]})
+    by_weight = {
+        step.label: cost(plan, shape, [step])["flops"]
+        for step in plan.steps
+        if step.kind == "predict" and step.config["split"] == "validation"
+    }
+    assert len(by_weight) == 3 and len(set(by_weight.values())) == 1
+    tests = [step for step in plan.steps if step.kind == "predict" and step.config["split"] == "test"]
+    direct = planned(methods=["madx"], evaluation={"source": False})
+    same = [step for step in direct.steps if step.kind == "predict"]
+    assert cost(plan, shape, tests)["flops"] == cost(direct, shape, same)["flops"]
+
+
 def test_twice_the_epochs_are_twice_the_training(planned: Any, tiny_folder: Path) -> None:
     shape = shape_of(json.loads((tiny_folder / "config.json").read_text()))
     once, twice = (cost(planned(training={"epochs": n}), shape)["steps"] for n in (1, 2))
@@ -554,7 +647,8 @@ def test_translated_items_are_those_of_the_source(second: Any) -> None:
         "second": {"kind": "lora"},
         "max_length": 512,
     }
-    made = step("train", **config, training={"epochs": 1, "max_length": 512, "batch_size": 4})
+    values = {"epochs": 1, "max_length": 512, "batch_size": 4}
+    made = step("train", **config, adapter={"family": "lora"}, training=values)
     for translation, count in (({}, 7), ({"model": "x"}, 30), ({"model": "x", "splits": ["test"]}, 7)):
         asked = experiment(**{**TWO, "methods": ["flare"], "translation": translation})
         work = reading.work_of(made, asked, second.shape, lookup)

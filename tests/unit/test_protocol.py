@@ -83,7 +83,7 @@ def test_a_method_has_some_of_the_seeds(seeds: list[int]):
 @given(st.sampled_from(sorted(METHODS)), st.sampled_from(sorted(CRITERIA)))
 def test_a_criterion_changes_how_a_weight_is_chosen_and_nothing_else(name: str, criterion: str):
     row = METHODS[name]
-    if row.adapter != "graft" or (criterion == "norms" and row.rule != "transfer"):
+    if row.adapter != "graft" or (criterion == "norms" and (row.rule != "transfer" or row.stack)):
         with pytest.raises(UserError, match=f"'{name}"):
             method(f"{name}:{criterion}")
         return

@@ -89,13 +89,13 @@ def merge_adapters(
         parts = {name: _graft(adapters, _of_part(options, part)) for name, part in _alike(folders).items()}
     else:
         parts = {"": _combination(adapters, options) if combining else _graft(adapters, options)}
-    made = next(iter(parts.values()))
-    record = made.provenance if "" in parts else {"parts": {name: part.provenance for name, part in parts.items()}}
+    merged = {name: part.merge(part.parts) for name, part in parts.items()}
+    record = parts[""].provenance if "" in parts else {"parts": {name: part.provenance for name, part in parts.items()}}
     results: dict[str, dict[str, Any]] = {}
     with appearing(out, {"kind": "merge", **record}) as work:
         for name, part in parts.items():
             (work / name).mkdir(exist_ok=True)
-            results[name] = _written(part, work / name)
+            results[name] = _written(merged[name], part.provenance, work / name)
         if "" not in parts:
             write_note(work, list(parts), {**(read_sidecar(folders["task"]) or {}), "provenance": record})
     if verify:
@@ -115,10 +115,9 @@ def _of_part(options: dict[str, Any], part: Mapping[str, Path]) -> dict[str, Any
     return {**options, **part, "space": merging.LANGUAGE_SPACES.get(structure) if plain else options["space"]}
 
 
-def _written(made: "_Made", folder: Path) -> dict[str, Any]:
+def _written(merged: Adapter, provenance: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Computes a merge into a folder, and says what showed on the way."""
-    merged = made.merge(made.parts)
-    merged.write(folder, made.provenance)
+    merged.write(folder, provenance)
     kept, guarded = merging.energy_kept(merged), merged.notes.guarded
     write_json(folder / "extra.json", {"energy_kept": kept, "guarded": guarded})
     return {

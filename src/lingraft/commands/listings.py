@@ -70,6 +70,7 @@ def list_methods(as_json: bool) -> list[dict[str, Any]] | None:
                 "says": m.says,
                 "tunes_weight": m.adapter == "graft",
                 "second": m.second,
+                "stack": m.stack,
                 "functions": list(FUSION_FUNCTIONS) if m.name in fused else [],
             }
             for m in METHODS.values()

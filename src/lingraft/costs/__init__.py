@@ -126,9 +126,10 @@ class _Reckoned:
         flops = inference_flops(reader_of(self.shape), read.source)
         more = 0.0 if encoder is None else inference_flops(encoder, read.encoder)
         adapter = AdapterConfig(**step.config["adapter"]) if step.kind == "train" else None
+        beneath = self._beneath(step)
         if adapter is None:
-            held = self._held(None, _READ_AT_ONCE, work.longest, 0, read.source.longest)
-            flops += inference_flops(self.shape, work)
+            held = self._held(None, _READ_AT_ONCE, work.longest, 0, read.source.longest, beneath=beneath)
+            flops += inference_flops(self.shape, work) + 2 * beneath * (work.tokens + work.outputs + work.written)
         else:
             mixed = step.config.get("second", {}).get("kind") == "mixup"
             batch = step.config["training"]["batch_size"]
@@ -136,9 +137,13 @@ class _Reckoned:
             trained = adapter_parameters(self.shape, adapter) + projection
             if mixed:  # Both texts are learned from.
                 flops = training_flops(self.shape, read.source, trained)
-            flops += training_flops(self.shape, work, trained)
+            whole = adapter.family == "sparse"
+            # Which numbers change is a choice among the base's own: learning them costs no more than their gradients do.
+            own = 0 if whole else trained
+            flops += training_flops(self.shape, work, own, beneath=beneath, whole=whole)
             states = work.longest if read.columns and not mixed else 0.0
-            held = self._held(adapter, batch * (2 if mixed else 1), work.longest, work.output_length, states)
+            batch *= 2 if mixed else 1
+            held = self._held(adapter, batch, work.longest, work.output_length, states, beneath=beneath)
             held += 16 * projection
         if encoder is not None:
             held += self._held(None, 0, 0, 0, 0, encoder)
@@ -156,6 +161,8 @@ class _Reckoned:
         output_length: float,
         source_length: float,
         shape: Shape | None = None,
+        *,
+        beneath: float = 0,
     ) -> float:
         """Bytes at the peak; of another model than the base, whose weights are whole."""
         backbone = self.experiment.backbone
@@ -168,7 +175,19 @@ class _Reckoned:
             quantization="none" if shape else backbone.quantization,
             output_length=output_length,
             source_length=source_length,
+            beneath=beneath,
         ).total
+
+    def _beneath(self, step: "Step") -> float:
+        """Numbers of the adapters that a step's own stands on; sparse differences are in the base's weights, and cost nothing."""
+        grafted = "beneath" in (step.config.get("graft") or {})
+        below = step.inputs.get("target_ref" if grafted else "beneath")
+        if below is not None and below.kind == "merge":  # It is as large as what it merges.
+            below = below.inputs["target_ref"]
+        if below is None:
+            return 0
+        adapter = AdapterConfig(**below.config["adapter"])
+        return 0 if adapter.family == "sparse" else adapter_parameters(self.shape, adapter)
 
     def _encoder(self, step: "Step") -> tuple[Shape | None, str | None]:
         """The translation encoder that a step runs, its sizes and its name."""

@@ -50,18 +50,25 @@ def inference_flops(shape: Shape, work: Work) -> float:
     return dense + written + _attention(shape, work) + _attention_written(shape, work)
 
 
-def training_flops(shape: Shape, work: Work, trained: int = 0) -> float:
+def training_flops(shape: Shape, work: Work, trained: float = 0, *, beneath: float = 0, whole: bool = False) -> float:
     """Operations of training an adapter on a frozen base: forward, and back through the activations.
 
     The base's linear layers are gone through twice, attention three times (its backward pass has four products for two); the
     output embedding twice, as `losses` makes its gradient at once; the adapter's own `trained` numbers three times.
+
+    Args:
+        shape: The base's sizes.
+        work: What is read.
+        trained: Numbers of the adapter.
+        beneath: Numbers of frozen adapters that it stands on.
+        whole: The base's own weights get gradients too, as sparse differences need them.
     """
     read, out = shape.met
     met = read * work.tokens + out * work.outputs
     projected = shape.vocabulary * shape.width * work.scored
     # The adapter's numbers lie in the two stacks as the base's weights do.
-    own = 6 * trained * met / (read + out)
-    return 4 * (met + projected) + 3 * _attention(shape, work) + own
+    own = (6 * trained + 4 * beneath) * met / (read + out)
+    return (6 if whole else 4) * met + 4 * projected + 3 * _attention(shape, work) + own
 
 
 def _attention(shape: Shape, work: Work) -> float:
@@ -109,6 +116,7 @@ def peak_memory(
     quantization: str = "none",
     output_length: float = 0,
     source_length: float = 0,
+    beneath: float = 0,
 ) -> Memory:
     """Bytes of a training step, without gradient checkpointing; without an adapter, of reading alone.
 
@@ -126,6 +134,7 @@ def peak_memory(
         quantization: `none`, `int8` or `nf4`: of the linear layers' weights.
         output_length: Of an encoder-decoder: tokens of one output.
         source_length: Tokens of one text whose states are held, layer by layer, while the other one is read.
+        beneath: Numbers of frozen adapters that are on the model too, in float32.
     """
     size = _BYTES[dtype]
     sources = shape.layers * batch_size * source_length * shape.width * size
@@ -133,7 +142,7 @@ def peak_memory(
     logits = min(CHUNK, batch_size * length) * shape.vocabulary * (size + 4)
     if adapter is None:
         held = batch_size * length * size * (2 * shape.attention + 3 * shape.width + 3 * shape.feed_forward)
-        return Memory(weights, 0, held, logits, sources)
+        return Memory(weights, 4 * beneath, held, logits, sources)
     tokens, outputs = batch_size * length, batch_size * output_length
     block = size * (2 * shape.attention + 2 * shape.key_value) + shape.width + 4 * shape.normalised
     block += size * shape.feed_forward * (3 if shape.gated else 2)
@@ -145,7 +154,23 @@ def peak_memory(
         # Scores in float32, their softmax, and what dropout leaves of it.
         pairs = shape.layers * tokens * length + shape.output_layers * outputs * (length + output_length)
         saved += 12 * shape.heads * pairs
-    return Memory(weights, 16 * adapter_parameters(shape, adapter), saved, logits, sources)
+    held = _changing(shape, adapter, size) if adapter.family == "sparse" else 16 * adapter_parameters(shape, adapter)
+    return Memory(weights, held + 4 * beneath, saved, logits, sources)
+
+
+def _changing(shape: Shape, adapter: AdapterConfig, size: int) -> float:
+    """Bytes that learning a sparse difference takes beside the model, in the dearer one of its two phases.
+
+    Where all numbers learn, 16 bytes each (the difference, its gradient, Adam's two moments) and the start value; where only their
+    gradients are summed, 4 and the gradient; where K learn, 20 (an index too) and the start value. Beside them stand for a moment
+    one matrix's gradient, and a copy of an input embedding that the output embedding has too.
+    """
+    numbers, entries = changeable(shape, adapter), adapter_parameters(shape, adapter)
+    first = (16.0 + size if adapter.select == "change" else 4.0 + size) * numbers
+    copy = shape.vocabulary * shape.width * size if shape.tied and adapter.modules == "all" else 0
+    second = (20.0 + size) * entries + copy
+    gradient = size * max(layer.inputs * layer.outputs for layer in shape.linear)
+    return gradient + (second if adapter.first_epochs == 0 else max(first, second))
 
 
 @dataclass(frozen=True)
@@ -201,6 +226,8 @@ def adapter_parameters(shape: Shape, config: AdapterConfig) -> int:
     Raises:
         UserError: The base has none of the modules.
     """
+    if config.family == "sparse":
+        return min(config.entries, changeable(shape, config))
     chosen = _adapted(shape, config)
     if config.family == "lora":
         return config.rank * sum(layer.inputs + layer.outputs for layer in chosen)
@@ -209,17 +236,36 @@ def adapter_parameters(shape: Shape, config: AdapterConfig) -> int:
         return sum(x.inputs if scaled else x.outputs for x, scaled in zip(chosen, inside, strict=True))
     if config.family == "prefix":
         return config.tokens * 2 * shape.key_value * (shape.layers + shape.output_layers)
-    if config.family == "bottleneck":
-        sizes = [(layer.outputs, max(1, int(layer.outputs / config.reduction))) for layer in chosen]
-        return sum(2 * width * small + width + small for width, small in sizes)
-    # A structure that trains weights of the base itself: all of its linear layers, whatever is kept of them.
-    return shape.projections
+    sizes = [(layer.outputs, max(1, int(layer.outputs / config.reduction))) for layer in chosen]
+    return sum(2 * width * small + width + small for width, small in sizes) + _coupling(shape, config)
+
+
+def _coupling(shape: Shape, config: AdapterConfig) -> int:
+    """Numbers of an invertible coupling: two networks from half the width to a quarter and back (MAD-X)."""
+    if not config.invertible:
+        return 0
+    half, inner = shape.width // 2, max(1, shape.width // 4)
+    return 2 * (2 * half * inner + half + inner)
+
+
+def changeable(shape: Shape, config: AdapterConfig) -> int:
+    """How many of the base's numbers a sparse difference may change: of linear layers that are named their weights, else all.
+
+    The few numbers of norms, and of a pooler, are not told from those of biases and positions, and are counted with them.
+    """
+    if config.modules != "all":
+        try:
+            return sum(layer.inputs * layer.outputs for layer in _adapted(shape, config))
+        except UserError:  # Embeddings can be named too.
+            pass
+    return shape.vocabulary * shape.width + shape.projections + shape.rest
 
 
 _PLACES = {
     "ia3": ("attention.key", "attention.value", "feed_forward.output"),
     "pfeiffer": ("feed_forward.output",),
     "houlsby": ("attention.output", "feed_forward.output"),
+    "madx": ("feed_forward.output",),
 }
 """Where structures sit that name no modules; as in `structures`, which imports torch."""
 
@@ -230,7 +276,13 @@ def _adapted(shape: Shape, config: AdapterConfig) -> list[Linear]:
         modules = _PLACES[config.positions]
     elif config.family == "ia3" and modules == "all":
         modules = _PLACES["ia3"]
-    return _chosen(shape.linear, modules)
+    chosen = _chosen(shape.linear, modules)
+    if config.family != "bottleneck" or not config.leave_out_last:
+        return chosen
+    last: dict[bool, int] = {}
+    for layer in chosen:  # By stack: an encoder-decoder has two.
+        last[layer.of_output] = max(last.get(layer.of_output, 0), roles.layer_of(layer.path) or 0)
+    return [layer for layer in chosen if (roles.layer_of(layer.path) or 0) < last[layer.of_output]]
 
 
 @lru_cache(maxsize=64)

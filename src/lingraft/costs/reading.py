@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from lingraft.config import Experiment
+from lingraft.config import Experiment, epochs_read
 from lingraft.costs.arithmetic import Work
 from lingraft.costs.shapes import Shape
 from lingraft.errors import LingraftError
@@ -250,7 +250,7 @@ def _text_work(step: "Step", experiment: Experiment, shape: Shape) -> Work | Non
     if count is None:
         return None
     values = config.get("training", {"epochs": 1, "loss_positions": 0.0})
-    count *= values["epochs"]
+    count *= epochs_read(config["adapter"], values) if "training" in config else 1
     tokens = count * length
     if shape.kind == "encoder-decoder":
         read, said = _SHARES.get(reference.task, (0.5, 0.5))
@@ -277,7 +277,7 @@ def _item_work(step: "Step", found: Tokens, shape: Shape, epochs: float | None =
     """A task's items: read once an epoch, the loss on the answer; or asked, and perhaps answered in writing."""
     config, training = step.config, step.config.get("training")
     values = training or config
-    limit, times = values.get("limit"), training["epochs"] if training else 1
+    limit, times = values.get("limit"), epochs_read(config["adapter"], training) if training else 1
     times = times if epochs is None else epochs
     number = _number(found)
     share = 1.0 if limit is None or not number else min(1.0, limit / number)

@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lingraft.config import NO_REFERENCE, AdapterConfig, Experiment, TrainingConfig
+from lingraft.config import NO_REFERENCE, AdapterConfig, Experiment, TrainingConfig, epochs_read
 from lingraft.digests import digest_file
 from lingraft.errors import ConfigError, DataError
 from lingraft.families import family
 from lingraft.languages import name_of
 from lingraft.locating import Located, architecture_of
 from lingraft.methods import Method, method
+from lingraft.plan.stacks import Stacks
 from lingraft.plan.steps import Cell, Plain, Plan, Step, ordered
 from lingraft.plan.two_languages import Given, TwoLanguages, longest, original, texts_of
 from lingraft.protocols import PAPER
@@ -60,6 +61,7 @@ class Planner:
         self._steps: dict[str, Step] = {}
         self.selections: dict[tuple[str, str | None], Step] = {}
         self.two = TwoLanguages(self)
+        self.stacks = Stacks(self)
 
     def plan(self) -> Plan:
         """See `make_plan`."""
@@ -80,7 +82,9 @@ class Planner:
                     cells.append(self.cell(row, language, seed))
         comparisons: dict[tuple[str, int], Step] = {}
         if self.selections:
-            for row in (m for m in self.methods if m.references == ("target", "source") and m.adapter == "graft"):
+            # Language adapters of several parts are not compared: the figure is one of the experiment's own references.
+            grafts = (m for m in self.methods if m.adapter == "graft" and m.stack is None)
+            for row in (m for m in grafts if m.references == ("target", "source")):
                 for language in languages[row.name]:
                     for seed in self.seeds(row):
                         comparisons[language, seed] = self.comparison(language, seed)
@@ -99,7 +103,7 @@ class Planner:
         """The languages in which a method has a number; those in which it has none are noted, with the reason."""
         experiment = self.experiment
         wanted = [*experiment.targets]
-        if row.adapter in ("none", "source") and experiment.evaluation.source:
+        if row.adapter in ("none", "source", "stack") and experiment.evaluation.source:
             wanted.insert(0, experiment.source)
         found: list[str] = []
         for language in wanted:
@@ -170,9 +174,32 @@ class Planner:
             return False
         return True
 
-    def task_adapter(self, language: str, seed: int, start_from: Step | None = None) -> Step:
-        """The task's adapter in a language, from its initial weights or from another adapter."""
-        return self._labelled(self.task, language, "train", self.experiment.training, seed, start_from)
+    def task_adapter(
+        self,
+        language: str,
+        seed: int,
+        *,
+        start_from: Step | None = None,
+        beneath: Step | None = None,
+        training: TrainingConfig | None = None,
+        adapter: AdapterConfig | None = None,
+        named: str = "",
+    ) -> Step:
+        """The task's adapter in a language, from its initial weights or from another adapter, perhaps on top of others.
+
+        Args:
+            language: The labels' language.
+            seed: Initial weights, order and dropout.
+            start_from: An adapter to go on from.
+            beneath: Adapters that it is trained on top of, and that stay as they are.
+            training: Its values; None: the experiment's.
+            adapter: Its structure; None: the experiment's.
+            named: What tells its label from that of the experiment's own.
+        """
+        inputs = {"start_from": start_from, "beneath": beneath}
+        given = {role: step for role, step in inputs.items() if step is not None}
+        values = training or self.experiment.training
+        return self._labelled(self.task, language, "train", values, seed, given, adapter, named)
 
     def _labelled(
         self,
@@ -181,8 +208,11 @@ class Planner:
         split: str,
         training: TrainingConfig,
         seed: int,
-        start_from: Step | None = None,
+        inputs: Mapping[str, Step] | None = None,
+        adapter: AdapterConfig | None = None,
+        named: str = "",
     ) -> Step:
+        start_from = (inputs or {}).get("start_from")
         after = "" if start_from is None else f" after {start_from.config['language']} {self.experiment.reference.task}"
         prompt = self.experiment.prompt if task is self.task else "default"
         config: dict[str, Any] = {"task": task.spec(prompt), "language": language, "split": split}
@@ -190,9 +220,10 @@ class Planner:
             {**config, **wording(prompt), **self.head(task)},
             training,
             seed,
-            {} if start_from is None else {"start_from": start_from},
+            inputs or {},
             {"rows": self.rows_digest(task, language, split)},
-            f"train {task.name} {language}{after} seed {seed}",
+            f"train {named}{task.name} {language}{after} seed {seed}",
+            adapter,
         )
 
     def head(self, task: Task) -> dict[str, Any]:
@@ -201,8 +232,22 @@ class Planner:
             return {}
         return {"head": served_head(task)}
 
-    def reference_adapter(self, language: str, seed: int) -> Step:
+    def reference_adapter(
+        self,
+        language: str,
+        seed: int,
+        adapter: AdapterConfig | None = None,
+        training: TrainingConfig | None = None,
+        named: str = "",
+    ) -> Step:
         """The reference task's adapter in a language.
+
+        Args:
+            language: Which language.
+            seed: Initial weights, order and what is drawn.
+            adapter: Its structure; None: the experiment's.
+            training: Its values; None: the experiment's.
+            named: What tells its label from that of the experiment's own.
 
         Raises:
             ConfigError: The experiment has none.
@@ -220,11 +265,12 @@ class Planner:
         # Plain text has no items and no answers: what is said of these is no reason to read it again.
         return self.training_step(
             what,
-            self.experiment.reference_values.model_copy(update=_OF_ITEMS),
+            (training or self.experiment.reference_values).model_copy(update=_OF_ITEMS),
             seed,
             {},
             {"text": reference_text(config, language, self.experiment.data_dir).digest()},
-            f"train {config.task} {language} seed {seed}",
+            f"train {named}{config.task} {language} seed {seed}",
+            adapter,
         )
 
     def projected_adapter(self, language: str, seed: int) -> Step:
@@ -432,6 +478,8 @@ class Planner:
         if language is None:
             self._check_choosing(row)
         weights = sorted({row.neutral, *(w for w in chosen.weights if not row.neutral or w < row.neutral)})
+        if row.stack is not None:  # The method without a graft is one of them.
+            weights = sorted({*weights, 1.0})
         inputs: dict[str, Step] = {}
         for weight in weights:
             for code in self.experiment.development if language is None else (language,):
@@ -473,13 +521,15 @@ class Planner:
 
     def _candidate(self, row: Method, weight: float, language: str, split: str, seed: int) -> Step:
         """What a weight is judged by: scores of answers, or the likelihood of the items as text."""
-        if weight == row.neutral:
+        label = f"{row.name.partition(':')[0]} λ={weight:g} seed {seed}"
+        if row.stack is not None:
+            graft, inputs = self.stacks.candidate(row, weight, language, seed)
+        elif weight == row.neutral:
             graft, inputs = None, {"adapter": self.task_adapter(self.experiment.source, seed)}
             label = f"eng-ft seed {seed}"
         else:
             graft = {**self.graft_config(row), "weight": weight}
             inputs = self.graft_inputs(row, language, seed)
-            label = f"{row.name.partition(':')[0]} λ={weight:g} seed {seed}"
         # Reasoning has no likelihood: a weight is then chosen by the candidates after the default prompt.
         prompt = self.experiment.prompt if not self.task.prompt(self.experiment.prompt).generate else "default"
         if row.criterion == "likelihood":
@@ -495,6 +545,8 @@ class Planner:
         """The steps behind one number of the table."""
         adapter = self.method_adapter(row, language, seed)
         inputs = {} if adapter is None else {"adapter": adapter}
+        if row.stack is not None and adapter is not None:
+            inputs = self.stacks.asked(row, adapter, seed)
         label = row.name if adapter is None else f"{row.name} seed {seed}"
         split, prompt = self.experiment.evaluation.split, row.prompt or self.experiment.prompt
         beside = self.two.beside(row, language, split)
@@ -506,9 +558,12 @@ class Planner:
         return Cell(row.name, language, seed, prediction, self.scores(prediction), adapter)
 
     def method_adapter(self, row: Method, language: str, seed: int) -> Step | None:
-        """The adapter a method evaluates in a language."""
+        """The adapter a method evaluates in a language; of a stack, what lies beneath the task's."""
         if row.adapter == "none":
             return None
+        if row.stack is not None:
+            selection = self._chosen(row, language) if row.adapter == "graft" else None
+            return self.stacks.beneath(row, language, seed, selection)
         if row.adapter == "graft":
             inputs = {**self.graft_inputs(row, language, seed), "selection": self._chosen(row, language)}
             return self.step("merge", self.graft_config(row), inputs, {}, f"merge {row.name} {language} seed {seed}")
@@ -569,19 +624,22 @@ def wording(prompt: str) -> dict[str, str]:
 
 def characters(experiment: Experiment, steps: Sequence[Step]) -> dict[str, int]:
     """Characters that steps read, by key, for estimates: files only, the hub's rows are not fetched for one."""
-    data_dir = bundled_or(experiment.data_dir)
+    data_dir, reference = bundled_or(experiment.data_dir), experiment.reference
     sizes: dict[str, int] = {}
     for step in steps:
         config = step.config
         path: Path | None = None
+        lines: int | None = None
         if "reference" in config or "projected" in config:
-            if experiment.reference.text:
-                path = reference_path(experiment.reference, config["language"], experiment.data_dir)
+            if reference.text:
+                path = reference_path(reference, config["language"], experiment.data_dir)
+                lines = reference.max_segments if reference.unit == "line" else None
         elif "split" in config and data_dir is not None and step.kind != "translate":
             task = find_task(config["task"]["task"], experiment.tasks)
             path = getattr(task.source(original(experiment, step), config["split"], data_dir), "path", None)
         if path is not None:
-            size = len(path.read_text(encoding="utf-8", errors="replace"))
-            times = config["training"]["epochs"] if step.kind == "train" else 1
+            text = path.read_text(encoding="utf-8", errors="replace")
+            size = len(text) if lines is None else sum(map(len, text.splitlines(keepends=True)[:lines]))
+            times = epochs_read(config["adapter"], config["training"]) if step.kind == "train" else 1
             sizes[step.key] = int(size * times * texts_of(step))
     return sizes

@@ -66,7 +66,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of the table: a method, a language, a seed."""
+    """One number of the table: a method, a language, a seed.
+
+    `adapter` is what is evaluated; where a task's adapter stands on others, what lies beneath it.
+    """
 
     method: str
     language: str

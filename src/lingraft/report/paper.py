@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lingraft.config import TEXT_TASKS, parse_yaml
+from lingraft.languages import name_of
 from lingraft.methods import METHODS, method
 from lingraft.protocols import PAPER_TARGETS
 from lingraft.report.tables import ALSO, Table, percent
@@ -41,7 +42,6 @@ _RESTRICTED = {
 }
 _FUSED = {"attention.query", "attention.value"}
 _OTHER_MODELS = ("chat", "instruct", "-it")
-_TITLES = {"mad-x": "MAD-X", "lf-sft": "LF-SFT"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Published:
         paper: Which paper.
         against: The method that `value` is a difference to; None: it is the figure itself.
         modules: `restricted` or `all`: the merge it is of; None: the paper's own choice, which it does not name.
+        targets: The languages it is an average over, where they are not those of the task's main results.
     """
 
     method: str
@@ -73,6 +74,7 @@ class Published:
     paper: str
     against: str | None = None
     modules: str | None = None
+    targets: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -94,7 +96,7 @@ def _printed() -> tuple[Published, ...]:
             method=name,
             title=_title(name),
             task=entry.get("task"),
-            language=entry.get("languages", "average"),
+            language=entry.get("languages") or ", ".join(map(name_of, entry.get("targets", ()))) or "average",
             value=float(value),
             structure=entry["structure"],
             backbone=entry["backbone"],
@@ -102,6 +104,7 @@ def _printed() -> tuple[Published, ...]:
             paper=paper,
             against=entry.get("against"),
             modules=entry.get("modules"),
+            targets=tuple(entry.get("targets", ())),
         )
         for paper, theirs in entries.items()
         for entry in theirs
@@ -129,6 +132,7 @@ def published(experiment: Mapping[str, Any]) -> list[Published]:
         return []
     papers = {"AdaMergeX": _as_adamergex, "FLARE": _as_flare}
     setting = {paper for paper, fits in papers.items() if fits(experiment, evaluation)}
+    targets = set(experiment["targets"])
     modules = (experiment.get("merge") or {}).get("modules", "all")
     merged = (
         "all" if modules == "all" else _RESTRICTED.get(frozenset([modules] if isinstance(modules, str) else modules))
@@ -138,6 +142,7 @@ def published(experiment: Mapping[str, Any]) -> list[Published]:
         row
         for row in _printed()
         if row.paper in setting
+        and (row.paper != "AdaMergeX" or _averaged(row, experiment["task"], targets))
         and row.backbone == backbone
         and row.structure == experiment["adapter"]["family"]
         and row.task in (None, experiment["task"])
@@ -147,16 +152,17 @@ def published(experiment: Mapping[str, Any]) -> list[Published]:
     ]
 
 
+def _averaged(row: Published, task: str, targets: set[str]) -> bool:
+    """Whether an average is over these target languages; a language without data, which the paper prints, is in none of ours."""
+    known = set(TASKS[task].languages)
+    return targets == set(PAPER_TARGETS[task]) or (bool(row.targets) and targets & known == set(row.targets) & known)
+
+
 def _as_adamergex(experiment: Mapping[str, Any], evaluation: Mapping[str, Any]) -> bool:
-    """Whether languages, items and reference task are the AdaMergeX paper's."""
+    """Whether items and reference task are the AdaMergeX paper's."""
     reference = (experiment.get("reference") or {}).get("task", "clm")
     sampled = evaluation.get("limit") or evaluation.get("written_limit")
-    return (
-        experiment["task"] in FIVE
-        and set(experiment["targets"]) == set(PAPER_TARGETS[experiment["task"]])
-        and not sampled
-        and reference in TEXT_TASKS
-    )
+    return experiment["task"] in FIVE and not sampled and reference in TEXT_TASKS
 
 
 def _as_flare(experiment: Mapping[str, Any], evaluation: Mapping[str, Any]) -> bool:
@@ -241,7 +247,7 @@ def _backbone(model: str) -> str | None:
 
 
 def _title(name: str) -> str:
-    return method(name).title if name.partition(":")[0] in METHODS else _TITLES.get(name, name)
+    return method(name).title if name.partition(":")[0] in METHODS else name
 
 
 def _signed(value: float) -> str:

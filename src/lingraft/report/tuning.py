@@ -6,6 +6,7 @@ import numpy as np
 
 from lingraft.errors import StoreError
 from lingraft.languages import name_of
+from lingraft.methods import method
 from lingraft.metrics import Generated
 from lingraft.plan import Plan, Step
 from lingraft.predictions import read_generated, read_predictions
@@ -22,9 +23,9 @@ def tuning(plan: Plan, store: Store) -> dict[str, Any]:
     """The curves of every method that chooses its weight by labels; their steps must be finished.
 
     Returns:
-        By method: `neutral`, the weight that is Eng-FT; `chosen`; and `points`, each with its `weight`, `gold_log_likelihood`,
-        `accuracy`, `difference` (mean gold log-likelihood against the neutral weight, nats) with its `interval`, and the
-        same `by_language`.
+        By method: `neutral`, the weight that is Eng-FT, or of language adapters the source's; `chosen`; and `points`, each with
+        its `weight`, `gold_log_likelihood`, `accuracy`, `difference` (mean gold log-likelihood against the neutral weight, nats)
+        with its `interval`, and the same `by_language`.
     """
     found: dict[str, Any] = {}
     for (name, language), step in plan.selections.items():
@@ -112,12 +113,14 @@ def _known(value: float) -> float | None:
 def tuning_table(found: dict[str, Any], titles: dict[str, str]) -> Table:
     """Methods × weights: figures over all development languages, then each language's difference."""
     languages = list(dict.fromkeys(c for curve in found.values() for p in curve["points"] for c in p["by_language"]))
-    header = ["method", "λ", "gold log-likelihood", "against Eng-FT", "accuracy", *map(name_of, languages), ""]
+    neutral = {name: "source's" if _on_languages(name) else "Eng-FT" for name in found}
+    against = " or ".join(dict.fromkeys(neutral.values()))
+    header = ["method", "λ", "gold log-likelihood", f"against {against}", "accuracy", *map(name_of, languages), ""]
     rows: list[list[str]] = []
     for name, curve in found.items():
         for point in curve["points"]:
             own = point["weight"] == curve["neutral"]
-            mark = " ".join(["Eng-FT"] * own + ["chosen"] * (point["weight"] == curve["chosen"]))
+            mark = " ".join([neutral[name]] * own + ["chosen"] * (point["weight"] == curve["chosen"]))
             rows.append(
                 [
                     titles[name],
@@ -130,6 +133,11 @@ def tuning_table(found: dict[str, Any], titles: dict[str, str]) -> Table:
                 ]
             )
     return header, rows
+
+
+def _on_languages(name: str) -> bool:
+    """Whether a weight is one of language adapters, of which 0 is the source's."""
+    return method(name).stack is not None
 
 
 def _with_bounds(point: dict[str, Any]) -> str:
