@@ -74,20 +74,26 @@ class Session:
     def backbone(self) -> "Backbone":
         """The loaded base model."""
         from lingraft.backbones import Backbone
+        from lingraft.differences import trainable_weights
+        from lingraft.lottery import check_entries
         from lingraft.structures import fresh, fresh_coupling, sites
 
         self.progress(0, 0, "loading the base model")
         loaded = Backbone(self.located)
         # A module that does not exist is said now, not after an hour of training.
-        made, _ = fresh(loaded, self.experiment.adapter, 0)
-        roles.select(sites(made), self.experiment.merge.modules)
+        adapters = [self.experiment.adapter]
         for stack in dict.fromkeys(method(name).stack for name in self.experiment.methods):
             if stack is not None:
                 settings = self.experiment.stack(stack)
-                for adapter in (settings.language_adapter, settings.task_adapter):
-                    fresh(loaded, adapter, 0)
-                if settings.language_adapter.invertible:
-                    fresh_coupling(loaded, settings.language_adapter, 0)
+                adapters += [settings.language_adapter, settings.task_adapter]
+        for number, adapter in enumerate(adapters):
+            made, _ = fresh(loaded, adapter, 0)
+            if not number:
+                roles.select(sites(made), self.experiment.merge.modules)
+            if adapter.family == "sparse":
+                check_entries(adapter.entries, trainable_weights(loaded.model, adapter.modules))
+            if adapter.invertible:
+                fresh_coupling(loaded, adapter, 0)
         return loaded
 
     @cached_property

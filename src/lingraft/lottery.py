@@ -98,7 +98,7 @@ def learn_difference(
     with backbone.bare(head) as model, stacked(model, beneath) as names:
         settle(model, names, beneath, merged=names)
         weights = trainable_weights(model, adapter.modules)
-        _check_entries(adapter.entries, weights)
+        check_entries(adapter.entries, weights)
         size = sum(p.numel() for p in model.parameters())
         place = out / FIRST
         place.mkdir(exist_ok=True)
@@ -150,8 +150,12 @@ def learn_difference(
     return Difference({**summary, **both, "seconds": seconds, "first": figures}, modules, entries, found)
 
 
-def _check_entries(wanted: int, weights: Mapping[str, Weight]) -> None:
-    """Makes sure that there are as many entries: said before the first phase, not after it.
+def check_entries(wanted: int, weights: Mapping[str, Weight]) -> None:
+    """Makes sure that there are as many entries as shall change: said before the first phase, not after it.
+
+    Args:
+        wanted: K.
+        weights: What may change.
 
     Raises:
         UserError: There are not.
