@@ -80,7 +80,7 @@ def _inject(model: Any, one: Part, name: str) -> None:
         try:
             inject_adapter_in_model(one.config, model, adapter_name=name)
         except ValueError as error:  # PEFT found none of the modules.
-            raise AdapterError(f"an adapter does not fit this base model: {error}", remedy=_REMEDY) from error
+            raise AdapterError(f"an adapter does not fit this base model: {error}", remedy=REMEDY) from error
     tensors = {key.removeprefix("base_model.model."): value for key, value in one.tensors.items()}
     load(model, tensors, name)
     # PEFT leaves its notes on the model; the next adapter must not be told of another one.
@@ -139,12 +139,12 @@ def load(wrapped: Any, tensors: Mapping[str, "torch.Tensor"], name: str = TOP) -
     try:
         result = set_peft_model_state_dict(wrapped, dict(tensors), adapter_name=name)
     except KeyError as error:  # PEFT looks a head's tensors up by name.
-        raise AdapterError(f"the adapter lacks a tensor of its head: {error.args[0]}", remedy=_REMEDY) from error
+        raise AdapterError(f"the adapter lacks a tensor of its head: {error.args[0]}", remedy=REMEDY) from error
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise
         raise AdapterError(
-            "the adapter does not fit this base model: a tensor has another shape", remedy=_REMEDY
+            "the adapter does not fit this base model: a tensor has another shape", remedy=REMEDY
         ) from error
     marker = _marker(wrapped, name)
     missing = [k for k in result.missing_keys if marker and marker in k and f".{name}" in k]
@@ -152,7 +152,7 @@ def load(wrapped: Any, tensors: Mapping[str, "torch.Tensor"], name: str = TOP) -
     wrong = [*(k for k in result.unexpected_keys if k != TENSOR), *missing]
     if wrong:
         raise AdapterError(
-            f"the adapter does not fit this base model: {len(wrong)} tensors, first {wrong[0]}", remedy=_REMEDY
+            f"the adapter does not fit this base model: {len(wrong)} tensors, first {wrong[0]}", remedy=REMEDY
         )
 
 
@@ -212,4 +212,4 @@ def _readable(dtype: Any) -> Any:
     return np.float32 if dtype.kind == "V" or dtype.name == "bfloat16" else dtype
 
 
-_REMEDY = "use the base model the adapter was trained on"
+REMEDY = "use the base model the adapter was trained on"

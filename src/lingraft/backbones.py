@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lingraft import roles
 from lingraft.adapter import Adapter
-from lingraft.attaching import TOP, Part, load, part, peft_config, settle, stacked, tensors_of
+from lingraft.attaching import REMEDY, TOP, Part, load, part, peft_config, settle, stacked, tensors_of
 from lingraft.errors import AdapterError, BackboneError, MissingExtra, UserError
 from lingraft.fitting import base_digest
 from lingraft.heads import AUTO_CLASSES, Head, head_of
@@ -384,6 +384,7 @@ class Backbone:
             AdapterError: A tensor fits nowhere, or a place gets none.
         """
         from peft import PeftModel, get_peft_model
+        from peft.utils.error import NoMatchingPeftModuleError
 
         from lingraft.prefixes import in_front
 
@@ -392,7 +393,10 @@ class Backbone:
                 warnings.simplefilter("ignore")
                 # get_peft_model wants the task of a prefix, of which PEFT has no name for some.
                 plain = peft_config.is_prompt_learning and peft_config.task_type is None
-                wrapped: Any = PeftModel(model, peft_config) if plain else get_peft_model(model, peft_config)
+                try:
+                    wrapped: Any = PeftModel(model, peft_config) if plain else get_peft_model(model, peft_config)
+                except NoMatchingPeftModuleError as error:
+                    raise AdapterError(f"the adapter does not fit this base model: {error}", remedy=REMEDY) from error
             if tensors is not None:
                 load(wrapped, tensors)
             settle(model, [*names, TOP], beneath, merged=[*names, TOP] if merged else names)

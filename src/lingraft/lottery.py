@@ -10,6 +10,7 @@ import copy
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,11 +96,13 @@ def learn_difference(
     first = training.model_copy(update={"epochs": epochs})
     steps = [steps_of(len(sequences), values) for values in (first, training)]
     watched: dict[str, Any] = {"checkpoint_seconds": checkpoint_seconds}
-    with backbone.bare(head) as model, stacked(model, beneath) as names:
+    with backbone.bare(head) as model, ExitStack() as put:
+        # Before anything is put on: what is beneath is no part of N.
+        size = sum(p.numel() for p in model.parameters())
+        names = put.enter_context(stacked(model, beneath))
         settle(model, names, beneath, merged=names)
         weights = trainable_weights(model, adapter.modules)
         check_entries(adapter.entries, weights)
-        size = sum(p.numel() for p in model.parameters())
         place = out / FIRST
         place.mkdir(exist_ok=True)
         if not (out / SELECTION).exists():
@@ -120,7 +123,8 @@ def learn_difference(
                 **watched,
             )
             _keep(out / SELECTION, winners, figures)
-            (place / CHECKPOINT).unlink(missing_ok=True)
+        for left in (CHECKPOINT, f".{CHECKPOINT}"):
+            (place / left).unlink(missing_ok=True)
         winners, figures = _kept(out / SELECTION)
         heads = _Heads(backbone, model, head, tensors)
         with Learned(weights, winners) as learned:
@@ -142,7 +146,6 @@ def learn_difference(
             )
             found = {name: tensor.cpu().numpy() for name, tensor in learned.tensors().items()}
         found |= heads.tensors()
-    (out / SELECTION).unlink()
     entries = {site: len(indices) for site, indices in winners.items() if len(indices)}
     both = {name: summary[name] + figures[name] for name in ("steps", "tokens")}
     seconds = round(summary["seconds"] + figures["seconds"], 2)

@@ -41,7 +41,7 @@ def parts_of(folder: Path) -> list[Path]:
         return [folder]
     names = (read_sidecar(folder) or {}).get("parts")
     # A name out of a file becomes a path only if it is one of ours.
-    if not isinstance(names, list) or not names or not all(name in LAYOUTS for name in names):
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name in LAYOUTS for name in names):
         raise AdapterError("the parts of this stack cannot be read", where=folder / SIDECAR)
     return [folder / name for name in names]
 
@@ -68,7 +68,7 @@ def _compare(top: Adapter, beneath: Sequence[Adapter]) -> None:
     then = [str(note.get("structure")) for note in notes if isinstance(note, dict)] if isinstance(notes, list) else []
     now = [adapter.structure for adapter in beneath]
     # A language adapter's own coupling is not beneath it: both are learned together.
-    if then != now and not (not then and now[-1:] == ["invertible"]):
+    if now not in (then, [*then, "invertible"]):
         warnings.warn(
             f"{top.path}: this adapter was trained on top of {', '.join(then) or 'nothing'}, and stands on "
             f"{', '.join(now) or 'nothing'}",
@@ -84,8 +84,12 @@ def as_stack(adapter: Adapters) -> tuple[Adapter, ...]:
     return (adapter,) if isinstance(adapter, Adapter) else tuple(adapter)
 
 
-def check_stack(stack: Sequence[Adapter]) -> None:
+def check_stack(stack: Sequence[Adapter], *, covered: bool = False) -> None:
     """Makes sure that adapters can stand on one another.
+
+    Args:
+        stack: The adapters, the lowest first.
+        covered: Whether another one is to stand on the last of them.
 
     Raises:
         AdapterError: They belong to different base models, or one must stand alone, on top or below.
@@ -96,9 +100,9 @@ def check_stack(stack: Sequence[Adapter]) -> None:
             f"the adapters of a stack belong to different base models: {', '.join(sorted(b[:24] for b in bases))}",
             remedy="give adapters of one base model",
         )
-    if len(stack) > 1 and (second := next((a for a in stack if "second" in a.sidecar), None)) is not None:
+    if len(stack) + covered > 1 and (second := next((a for a in stack if "second" in a.sidecar), None)) is not None:
         raise AdapterError("a second stage stands on its first one alone", where=second.path, remedy="give it alone")
-    for below in stack[:-1]:
+    for below in stack if covered else stack[:-1]:
         if below.structure == "prefix":
             raise AdapterError("nothing can stand on a prefix", where=below.path, remedy="give it last")
     for below, above in pairwise(stack):

@@ -137,7 +137,8 @@ def train(
             second.write(out, extra)
             own["second"] = second.notes()
         _write(out, backbone, made, final, {**notes, **own}, head)
-    (out / CHECKPOINT).unlink(missing_ok=True)
+    for left in (CHECKPOINT, lottery.SELECTION):
+        (out / left).unlink(missing_ok=True)
     return {**summary, "environment": environment(backbone)}
 
 
@@ -148,7 +149,7 @@ def _check(adapter: AdapterConfig, beneath: Sequence[Adapter], start_from: Path 
         UserError: There is some of it.
         AdapterError: What is beneath cannot stand below.
     """
-    check_stack(beneath)
+    check_stack(beneath, covered=True)
     several = adapter.invertible or adapter.family == "sparse"
     if several and (start_from is not None or second is not None):
         what = "a language adapter with a coupling" if adapter.invertible else "a sparse difference"

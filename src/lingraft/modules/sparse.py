@@ -133,7 +133,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         # In a tuple they are no children of this module.
         self._holders = tuple(holders) or (self.get_base_layer(),)
         self._tied = tied
-        self._own: nn.Parameter | None = None
+        # In a tuple: as an attribute of its own it would be a parameter of this module, and saved.
+        self._own: tuple[nn.Parameter, ...] = ()
         self._starts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, entries)
@@ -286,8 +287,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):
 
     def _write(self, kind: str, where: torch.Tensor, new: torch.Tensor) -> None:
         base: Any = self.get_base_layer()
-        if kind == "weight" and self._tied and self._own is None:
-            self._own = base.weight
+        if kind == "weight" and self._tied and not self._own:
+            self._own = (base.weight,)
             copy = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
             self._hold(copy)
         flat = getattr(base, kind).data.view(-1)
@@ -304,9 +305,9 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             while self._starts:
                 flat, where, start = self._starts.pop()
                 flat[where] = start
-            if self._own is not None:
-                self._hold(self._own)
-                self._own = None
+            for own in self._own:
+                self._hold(own)
+            self._own = ()
         self.merged_adapters.clear()
 
 
