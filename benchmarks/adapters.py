@@ -5,7 +5,8 @@
 The demo model (Gemma 3 270M, bfloat16, one thread) reads eight texts of 128 random ids: alone, with a language adapter's coupling
 and bottlenecks (reduction 2), and with a task adapter (reduction 16) on top; the three take turns. The goal is at most 15 % on
 top of the bare pass. Then the stack is exchanged for another language's in place, and K entries are learned for two steps in a
-process of their own: the goal is at most 20 bytes an entry for what is kept of them, and one largest tensor. Digests of the
+process of their own: the goal is at most 20 bytes an entry for what is kept of them (index, value, gradient, moments), and one
+largest tensor; the entries' start values and the copy of a tied embedding are reported beside. Digests of the
 base before and after stand beside the figures. `--model` takes another decoder; `--quick` shows only that all of it runs.
 """
 
@@ -122,8 +123,10 @@ def learning(model: str, entries: int, quick: bool) -> dict[str, Any]:
     # About K in all, of every tensor its share: which they are does not change what they cost.
     support = {site: _some(rng, w.parameter.numel(), entries / total) for site, w in weights.items()}
     text = sequences(1, 32 if quick else 128)
-    batch_loss(backbone, text)  # Whatever a pass needs for itself is there before it is measured.
-    with Learned(weights, support) as learned, _Watched() as watched:
+    # Whatever a pass needs for itself is there before it is measured.
+    with Learned(weights, {site: indices[:1] for site, indices in support.items()}):
+        batch_loss(backbone, text, backward=torch.Tensor.backward)
+    with _Watched() as watched, Learned(weights, support) as learned:
         optimizer = torch.optim.AdamW(learned.parameters.values(), lr=1e-4, weight_decay=0, fused=True)
         for _ in range(2):
             batch_loss(backbone, text, backward=torch.Tensor.backward)

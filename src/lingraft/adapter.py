@@ -250,7 +250,7 @@ def _completed(adapter: Adapter, absent: Mapping[str, Adapter]) -> Adapter:
 
 def merged_sidecar(first: Adapter) -> dict[str, Any]:
     """What a merged adapter keeps of the notes on the one it is built on."""
-    return {k: v for k, v in first.sidecar.items() if k in ("format", "kind", "backbone", "family", "head")}
+    return {k: v for k, v in first.sidecar.items() if k in ("format", "kind", "backbone", "family", "head", "beneath")}
 
 
 def retargeted(config: Mapping[str, Any], layout: Mapping[str, Place]) -> dict[str, Any]:

@@ -34,8 +34,8 @@ class Part:
 
 
 def part(adapter: Adapter) -> Part:
-    """An adapter as one that others stand on; its head, if it has one, stays behind."""
-    made = {name: value for name, value in adapter.peft_config.items() if name != "modules_to_save"}
+    """An adapter as one that others stand on; its head, if it has one, stays behind, and it drops nothing out."""
+    made = {name: value for name, value in adapter.peft_config.items() if name not in ("modules_to_save", "lora_dropout")}
     return Part(peft_config(made), tensors_of(adapter, heads=False))
 
 
@@ -121,8 +121,8 @@ def unload(model: Any) -> None:
     # The innermost first: a layer may stand around another one.
     for path, module in reversed(list(model.named_modules())):
         if isinstance(module, BaseTunerLayer):
-            if isinstance(module, SparseLayer) and module.merged:
-                module.unmerge()
+            if isinstance(module, SparseLayer):
+                module.unmerge()  # Also what a merge that was stopped half-way had written.
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, module.get_base_layer())
     model.__dict__.pop("peft_config", None)

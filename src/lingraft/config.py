@@ -95,7 +95,7 @@ class AdapterConfig(Config):
         "greatest summed gradients at θ0",
     )
     first_epochs: float | None = Field(
-        default=None, ge=0, description="sparse: epochs of the phase that selects; absent: as many as the second's"
+        default=None, gt=0, description="sparse: epochs of the phase that selects; absent: as many as the second's"
     )
 
     later: ClassVar[frozenset[str]] = frozenset({"invertible", "leave_out_last"})
@@ -367,7 +367,7 @@ class LfsftConfig(Config):
         ge=0,
         description="epochs of the task's first phase, which selects; absent: as many as the second's",
     )
-    reference_first_epochs: float | None = Field(default=None, ge=0, description="the same, of a language")
+    reference_first_epochs: float | None = Field(default=None, gt=0, description="the same, of a language")
     training: TrainingConfig | None = Field(
         default=None, description="of the task's second phase; absent: as the experiment's `training`"
     )

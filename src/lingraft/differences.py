@@ -16,11 +16,13 @@ from torch import nn
 
 from lingraft import roles
 from lingraft.errors import AdapterError, UserError
-from lingraft.modules.sparse import KINDS, holders, output_embedding, parted, site_name
+from lingraft.layouts.sparse import tensor_name
+from lingraft.modules.sparse import holders, output_embedding, parted, site_name
 from lingraft.selecting import Part
 
 CHUNK = 1 << 18
-"""Entries computed with at a time: what is computed of so many stays in a processor's cache."""
+"""Entries computed with at a time on a processor: what is computed of so many stays in its cache. Elsewhere many more."""
+_CHUNK_ELSEWHERE = 1 << 25
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
@@ -113,6 +115,10 @@ def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 part for n, part in enumerate(parts) if not (part == "base_layer" and ".".join(parts[:n]) in wrapped)
             ]
             yield ".".join(own), module
+
+
+def _chunk(tensor: torch.Tensor) -> int:
+    return CHUNK if tensor.device.type == "cpu" else _CHUNK_ELSEWHERE
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -209,22 +215,16 @@ class Learned:
         weights: What learns, by site, from `trainable_weights`.
         support: By site, the ascending flat indices of the entries that learn; sites that are not in it do not change.
             Absent: every entry.
-        values: By site, parameters (float32, flat) to learn in, where they do not start as new zeros.
 
     Attributes:
         parameters: By site, the differences from the start, flat.
         indices: By site, where they are added; empty where every entry learns.
 
     Raises:
-        ValueError: Indices are not ascending within a weight, or values are not float32 and as many.
+        ValueError: Indices are not ascending within a weight, or of no weight that may change.
     """
 
-    def __init__(
-        self,
-        weights: Mapping[str, Weight],
-        support: Mapping[str, Any] | None = None,
-        values: Mapping[str, nn.Parameter] | None = None,
-    ) -> None:
+    def __init__(self, weights: Mapping[str, Weight], support: Mapping[str, Any] | None = None) -> None:
         given = None if support is None else {s: torch.as_tensor(i) for s, i in support.items() if len(i)}
         if strange := sorted(set(given or {}) - set(weights)):
             raise ValueError(f"no such weight may change: {', '.join(strange)}")
@@ -236,10 +236,7 @@ class Learned:
             if given is not None:
                 self.indices[site] = _indices(site, given[site], size).to(device)
             count = size if given is None else len(self.indices[site])
-            own = None if values is None else values.get(site)
-            self.parameters[site] = nn.Parameter(torch.zeros(count, device=device)) if own is None else own
-            if self.parameters[site].dtype != torch.float32 or self.parameters[site].shape != (count,):
-                raise ValueError(f"{site}: the values are not {count} float32")
+            self.parameters[site] = nn.Parameter(torch.zeros(count, device=device))
         self._shapes = {site: tuple(weight.parameter.shape) for site, weight in self.weights.items()}
         self._start: dict[str, torch.Tensor] = {}
         originals = {site: weight.parameter.detach() for site, weight in self.weights.items()}
@@ -248,8 +245,6 @@ class Learned:
             for site, original in originals.items():
                 self._start[site] = self._start_of(site, original)
                 self._opened.on_gradient(self.weights[site], self._gatherer(site))
-            if values is not None:
-                self.refresh()
         except BaseException:
             self.close()
             raise
@@ -268,19 +263,20 @@ class Learned:
 
     def _gatherer(self, site: str) -> Callable[[torch.Tensor], None]:
         values, indices = self.parameters[site], self.indices.get(site)
+        size = _chunk(values)
 
         def add(gradient: torch.Tensor) -> None:
             with torch.no_grad():
                 if values.grad is None:
                     values.grad = torch.zeros_like(values)
                 if gradient.is_sparse:
-                    _add_rows(values.grad, gradient.coalesce(), indices)
+                    _add_rows(values.grad, _summed(gradient), indices)
                 elif indices is None:
-                    for part, new in zip(values.grad.split(CHUNK), gradient.reshape(-1).split(CHUNK), strict=True):
+                    for part, new in zip(values.grad.split(size), gradient.reshape(-1).split(size), strict=True):
                         part += new
                 else:
                     flat = gradient.reshape(-1)
-                    for part, where in zip(values.grad.split(CHUNK), indices.split(CHUNK), strict=True):
+                    for part, where in zip(values.grad.split(size), indices.split(size), strict=True):
                         part += flat.index_select(0, where)
 
         return add
@@ -297,7 +293,8 @@ class Learned:
         for values in self.parameters.values():
             if values.grad is None:
                 values.grad = torch.zeros_like(values)
-            for part, value in zip(values.grad.split(CHUNK), values.detach().split(CHUNK), strict=True):
+            size = _chunk(values)
+            for part, value in zip(values.grad.split(size), values.detach().split(size), strict=True):
                 part.add_(value.sign(), alpha=l1 / count)
 
     @torch.no_grad()
@@ -305,8 +302,9 @@ class Learned:
         """Makes the weights what the values say: start + values in float32, rounded to the weight's type."""
         for site, weight in self.weights.items():
             flat, start, indices = weight.parameter.data.view(-1), self._start[site], self.indices.get(site)
-            for first in range(0, len(start), CHUNK):
-                part = slice(first, first + CHUNK)
+            size = _chunk(start)
+            for first in range(0, len(start), size):
+                part = slice(first, first + size)
                 wide = torch.promote_types(start.dtype, torch.float32)
                 new = (start[part].to(wide) + self.parameters[site].detach()[part]).to(start.dtype)
                 if indices is None:
@@ -324,7 +322,8 @@ class Learned:
             if indices is None:
                 flat.copy_(kept)
             else:
-                for part, start in zip(indices.split(CHUNK), kept.split(CHUNK), strict=True):
+                size = _chunk(kept)
+                for part, start in zip(indices.split(size), kept.split(size), strict=True):
                     flat[part.long()] = start
 
     def close(self) -> None:
@@ -339,11 +338,9 @@ class Learned:
         """The sparse difference by PEFT's names: values (float32), indices and shape (int64). Nothing without a support."""
         found: dict[str, torch.Tensor] = {}
         for site, indices in self.indices.items():
-            module, kind = parted(site)
-            start = f"base_model.model.{module}.{KINDS[kind]}"
-            found[f"{start}indices"] = indices.long()
-            found[f"{start}values"] = self.parameters[site].detach()
-            found[f"{start}shape"] = torch.tensor(self._shapes[site], dtype=torch.int64)
+            found[tensor_name(site, "indices")] = indices.long()
+            found[tensor_name(site, "values")] = self.parameters[site].detach()
+            found[tensor_name(site, "shape")] = torch.tensor(self._shapes[site], dtype=torch.int64)
         return found
 
     @property
@@ -392,7 +389,7 @@ class Gathered:
                 continue
             if gradient.is_sparse:
                 # A row may be there more than once; only their sum has the magnitude.
-                summed = gradient.coalesce()
+                summed = _summed(gradient)
                 rows = torch.sparse_coo_tensor(
                     summed.indices(), summed.values().abs(), summed.shape, is_coalesced=True, check_invariants=False
                 )
@@ -411,6 +408,12 @@ def _indices(site: str, indices: torch.Tensor, size: int) -> torch.Tensor:
     if int(indices[0]) < 0 or int(indices[-1]) >= size or not bool((indices[1:] > indices[:-1]).all()):
         raise ValueError(f"{site}: the indices are not ascending within {size} entries")
     return indices.to(torch.int32 if size < 1 << 31 else torch.int64)
+
+
+def _summed(gradient: torch.Tensor) -> torch.Tensor:
+    """An embedding's gradient with every row once; rows of one token are summed in float32, whatever type they have."""
+    rows, found = gradient._indices(), gradient._values().float()
+    return torch.sparse_coo_tensor(rows, found, gradient.shape, check_invariants=False).coalesce()
 
 
 def _add_rows(into: torch.Tensor, rows: torch.Tensor, indices: torch.Tensor | None) -> None:

@@ -26,6 +26,7 @@ from lingraft.differences import Gathered, Learned, Weight, parts_of, trainable_
 from lingraft.errors import UserError
 from lingraft.heads import Head
 from lingraft.layouts.common import PREFIX
+from lingraft.modules.sparse import parted
 from lingraft.selecting import largest
 from lingraft.stepping import CHECKPOINT, Progress, batch_loss, check_loss, learn, length_of, schedule
 from lingraft.tensors import TensorFile, write_all
@@ -149,7 +150,7 @@ def learn_difference(
     entries = {site: len(indices) for site, indices in winners.items() if len(indices)}
     both = {name: summary[name] + figures[name] for name in ("steps", "tokens")}
     seconds = round(summary["seconds"] + figures["seconds"], 2)
-    modules = sorted({site.removesuffix(".bias") for site in entries})
+    modules = sorted({parted(site)[0] for site in entries})
     return Difference({**summary, **both, "seconds": seconds, "first": figures}, modules, entries, found)
 
 

@@ -313,8 +313,9 @@ def _resume(out: Path, parameters: Mapping[str, torch.nn.Parameter], optimizer: 
 
             parameter.copy_(read("parameter").to(parameter.device))
             if f"mean/{name}" in saved.names:
+                steps = read("updates")[0]
                 optimizer.state[parameter] = {
-                    "step": read("updates")[0],
+                    "step": steps.to(parameter.device) if optimizer.param_groups[0]["fused"] else steps,
                     "exp_avg": read("mean").to(parameter.device),
                     "exp_avg_sq": read("variance").to(parameter.device),
                 }

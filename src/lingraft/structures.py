@@ -19,6 +19,7 @@ from lingraft.heads import Head, tensor_prefix
 from lingraft.layouts.common import PREFIX
 from lingraft.layouts.prefix import TENSOR, site_name
 from lingraft.modules.bottleneck import INITIAL_STD
+from lingraft.modules.sparse import parted
 from lingraft.prefixes import attention_shape, keys_and_values
 from lingraft.tasks.reference import bundled_text
 
@@ -260,7 +261,7 @@ def _behind(backbone: "Backbone", config: AdapterConfig) -> list[str]:
 def _sparse(backbone: "Backbone", config: AdapterConfig, seed: int) -> Fresh:
     """Nothing: a sparse difference starts at the base's own weights, and which of them change is not known yet."""
     found = trainable_weights(backbone.model, config.modules)
-    modules = dict.fromkeys(site.removesuffix(".bias") for site in found)
+    modules = dict.fromkeys(parted(site)[0] for site in found)
     return {"peft_type": "SPARSE", "target_modules": list(modules), "entries": {}}, {}
 
 

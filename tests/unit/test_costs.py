@@ -196,7 +196,6 @@ def test_both_phases_of_a_sparse_difference_take_their_memory() -> None:
     for change, expected in {
         (): 18 * numbers,
         (("select", "gradient"),): 6 * numbers,
-        (("first_epochs", 0.0),): 22 * 1_000_000,
     }.items():
         config = AdapterConfig(family="sparse", entries=1_000_000, **dict(change))  # pyright: ignore[reportArgumentType]
         # Beside it, for a moment, the gradient of the largest matrix.
@@ -416,7 +415,7 @@ def test_the_cost_of_a_plan(planned: Any, tiny_folder: Path) -> None:
 STACKED = {
     "methods": ["madx", "lfsft"],
     "evaluation": {"source": False},
-    "lfsft": {"language_entries": 500, "task_entries": 500, "first_epochs": 1.0, "reference_first_epochs": 0.0},
+    "lfsft": {"language_entries": 500, "task_entries": 500, "first_epochs": 1.0, "reference_first_epochs": 2.0},
 }
 
 
@@ -429,8 +428,8 @@ def test_what_stands_beneath_is_read_through_and_two_phases_read_twice(planned: 
         (row,) = costs[label]["steps"].values()
         return row[what]
 
-    # Of 2 epochs each: language adapters read 10 segments of 64 tokens; LF-SFT's task reads once more to select.
-    assert of("train madx clm sw seed 0") == of("train lfsft clm sw seed 0") == 2 * 10 * 64
+    # Of 2 epochs each: language adapters read 10 segments of 64 tokens; LF-SFT reads twice more to select, of the task once.
+    assert of("train madx clm sw seed 0") == of("train lfsft clm sw seed 0") / 2 == 2 * 10 * 64
     assert of("train lfsft topics en seed 0") == pytest.approx(1.5 * of("train madx topics en seed 0"))
     # A gradient for every weight is half as much again; bottlenecks beneath are read through, differences are in the weights.
     assert of("train lfsft clm sw seed 0", "flops") > of("train madx clm sw seed 0", "flops") * 1.05

@@ -419,27 +419,27 @@ def test_it_learns_on_top_of_a_merged_adapter_in_the_adapters_own_values(folders
     weights = trainable_weights(model)
     support = drawn_support(weights, 3)
     expected = train_by_hand(reference, support, list(weights), steps=3, clip=1.0)
-    own = {site: nn.Parameter(torch.zeros(len(i))) for site, i in support.items() if len(i)}
-    with Learned(weights, support, own) as learned:
+    with Learned(weights, support) as learned:
         train_in_place(model, learned, steps=3, clip=1.0)
-    for site, values in own.items():
-        assert learned.parameters[site] is values
+    for site, values in learned.parameters.items():
         torch.testing.assert_close(values.detach(), expected[site][support[site]], rtol=0, atol=2e-5)
     wrapped.unmerge_adapter()
     restored, untouched = wrapped.unload().state_dict(), plain.state_dict()
     assert all(torch.equal(restored[name], untouched[name]) for name in untouched)
 
 
-def test_values_that_are_given_act_from_the_start(folders: dict[str, Path]) -> None:
-    model = loaded(folders, "bert")
-    site = "bert.encoder.layer.0.intermediate.dense.bias"
-    weights = trainable_weights(model)
-    before = weights[site].parameter.detach().clone()
-    own = {site: nn.Parameter(torch.tensor([1.0, -2.0]))}
-    with Learned(weights, {site: [3, 5]}, own):
-        moved = weights[site].parameter.detach() - before
-        torch.testing.assert_close(moved[[3, 5]], torch.tensor([1.0, -2.0]))
-        assert int((moved != 0).sum()) == 2
+def test_rows_of_one_token_are_summed_in_float32() -> None:
+    embedding = nn.Embedding(4, 2).to(torch.bfloat16)
+    weights = {"embedding": Weight((embedding,), "weight")}
+    for support in (None, {"embedding": [2, 3]}):
+        with Learned(weights, support) as learned:
+            embedding(torch.ones(2000, dtype=torch.long)).sum().backward()
+            found = learned.parameters["embedding"].grad
+            assert found is not None and float(found.max()) == 2000  # In bfloat16 the sum stays at 256.
+    with Gathered(weights) as gathered:
+        embedding(torch.ones(2000, dtype=torch.long)).sum().backward()
+        gathered.absorb()
+        assert float(gathered.values["embedding"].max()) == 2000
 
 
 @pytest.mark.parametrize("wrong", [[3, 2], [2, 2], [-1, 2], [0, 64 * 32]])

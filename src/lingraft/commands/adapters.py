@@ -234,7 +234,9 @@ def inspect_folders(folders: Sequence[Path], as_json: bool) -> dict[str, Any] | 
     from lingraft.report.terminal import lines
 
     compared = len(folders) == 2
-    if len(folders) == 1:  # Of a stack every part.
+    if compared and any(map(is_stack, folders)):
+        raise UserError("inspect compares adapters, not stacks", remedy="give a part of each: A/bottleneck B/bottleneck")
+    if not compared:  # Of a stack every part.
         folders = parts_of(folders[0])
     loaded = [_as_adapter(folder) for folder in folders]
     described = [_described(folder, *found) for folder, found in zip(folders, loaded, strict=True)]

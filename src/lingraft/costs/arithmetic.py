@@ -170,7 +170,7 @@ def _changing(shape: Shape, adapter: AdapterConfig, size: int) -> float:
     copy = shape.vocabulary * shape.width * size if shape.tied and adapter.modules == "all" else 0
     second = (20.0 + size) * entries + copy
     gradient = size * max(layer.inputs * layer.outputs for layer in shape.linear)
-    return gradient + (second if adapter.first_epochs == 0 else max(first, second))
+    return gradient + max(first, second)
 
 
 @dataclass(frozen=True)
