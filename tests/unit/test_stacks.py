@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from lingraft import lottery, training
+from lingraft import attaching, lottery, training
 from lingraft.adapter import Adapter, AdapterWarning
-from lingraft.attaching import tensors_of
+from lingraft.attaching import peft_config, tensors_of
 from lingraft.backbones import Backbone
 from lingraft.batching import steps_of, text_sequences
 from lingraft.config import AdapterConfig, BackboneConfig, TrainingConfig
@@ -25,7 +25,7 @@ from lingraft.errors import AdapterError, LingraftError, UserError
 from lingraft.fusion.stages import SecondStage
 from lingraft.heads import Head
 from lingraft.locating import locate
-from lingraft.modules.sparse import parted
+from lingraft.modules.sparse import SparseLayer, parted
 from lingraft.reading import of_items
 from lingraft.stacks import is_stack, load_stack, parts_of, stack_digest
 from lingraft.stepping import learning_rate, length_of, schedule
@@ -839,3 +839,46 @@ def test_a_language_adapter_whose_training_was_killed_is_the_same(tmp_path: Path
     trace.check()
     train(backbone, labelled(backbone), tmp_path / "again", **options)
     assert files(tmp_path / "again") == files(tmp_path / "task")
+
+
+# What is put on a model half-way, and what frozen parts do not do.
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_merge_that_is_stopped_half_way_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    backbone = opened(tmp_path, "bert")
+    sparse = AdapterConfig(family="sparse", entries=2000)
+    train(backbone, plain_text(backbone, "en"), made(tmp_path / "out"), adapter=sparse, training=FAST)
+    trace, writes, own = Trace(backbone), [0], SparseLayer._write
+
+    def write(self: SparseLayer, *args: Any) -> None:
+        writes[0] += 1
+        if writes[0] > at:
+            raise KeyboardInterrupt
+        own(self, *args)
+
+    monkeypatch.setattr(SparseLayer, "_write", write)
+    with pytest.raises(KeyboardInterrupt), backbone.with_adapter(load_stack([tmp_path / "out"])):
+        pass
+    trace.check()
+
+
+def test_a_frozen_lora_beneath_drops_nothing_out(tmp_path: Path) -> None:
+    backbone = opened(tmp_path, "llama")
+    texts, lora = plain_text(backbone, "en"), AdapterConfig(rank=2, dropout=0.5)
+    train(backbone, texts, made(tmp_path / "lora"), adapter=lora, training=FAST)
+    config, tensors = fresh(backbone, TASK, 0)
+    below = [attaching.part(adapter) for adapter in load_stack([tmp_path / "lora"])]
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with backbone.attached(peft_config(config), tensors, beneath=below) as wrapped, torch.no_grad():
+        wrapped.train()
+        said = [wrapped(input_ids=ids).logits for _ in range(2)]
+    assert torch.equal(*said)
+
+
+def test_a_merged_task_adapter_remembers_what_it_stands_on(place: Path, tmp_path: Path) -> None:
+    task = Adapter.load(place / "task")
+    (task + 0.5 * (Adapter.load(place / "alone") - Adapter.load(place / "alone"))).save(tmp_path / "merged")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AdapterWarning)
+        assert len(load_stack([place / "sw", tmp_path / "merged"])) == 3
