@@ -96,7 +96,6 @@ def learn_difference(
     epochs = training.epochs if adapter.first_epochs is None else adapter.first_epochs
     first = training.model_copy(update={"epochs": epochs})
     steps = [steps_of(len(sequences), values) for values in (first, training)]
-    watched: dict[str, Any] = {"checkpoint_seconds": checkpoint_seconds}
     with backbone.bare(head) as model, ExitStack() as put:
         # Before anything is put on: what is beneath is no part of N.
         size = sum(p.numel() for p in model.parameters())
@@ -104,49 +103,18 @@ def learn_difference(
         settle(model, names, beneath, merged=names)
         weights = trainable_weights(model, adapter.modules)
         check_entries(adapter.entries, weights)
+        shared = _Shared(backbone, model, weights, sequences, adapter, seed, size, checkpoint_seconds)
         place = out / FIRST
         place.mkdir(exist_ok=True)
         if not (out / SELECTION).exists():
-            told = _shifted(progress, 0, sum(steps))
-            phase = _by_gradient if adapter.select == "gradient" else _by_change
-            winners, figures = phase(
-                backbone,
-                model,
-                _Heads(backbone, model, head, tensors),
-                weights,
-                sequences,
-                place,
-                adapter,
-                first,
-                seed,
-                size,
-                progress=told,
-                **watched,
-            )
-            _keep(out / SELECTION, winners, figures)
+            heads, told = _Heads(backbone, model, head, tensors), _shifted(progress, 0, sum(steps))
+            _keep(out / SELECTION, *_chosen(shared, heads, place, first, told))
         for left in (CHECKPOINT, f".{CHECKPOINT}"):
             (place / left).unlink(missing_ok=True)
         winners, figures = _kept(out / SELECTION)
-        heads = _Heads(backbone, model, head, tensors)
-        with Learned(weights, winners) as learned:
-            model.train()
-            summary = learn(
-                backbone,
-                model,
-                {**learned.parameters, **heads.parameters},
-                sequences,
-                out,
-                training,
-                seed,
-                trackers=trackers,
-                progress=_shifted(progress, steps[0], sum(steps)),
-                before_update=lambda: learned.penalty(adapter.l1, size),
-                after_update=learned.refresh,
-                fused=True,
-                **watched,
-            )
-            found = {name: tensor.cpu().numpy() for name, tensor in learned.tensors().items()}
-        found |= heads.tensors()
+        heads, told = _Heads(backbone, model, head, tensors), _shifted(progress, steps[0], sum(steps))
+        learned, summary = _fine_tuned(shared, heads, winners, out, training, told, trackers)
+        found = {name: tensor.cpu().numpy() for name, tensor in learned.tensors().items()} | heads.tensors()
     entries = {site: len(indices) for site, indices in winners.items() if len(indices)}
     both = {name: summary[name] + figures[name] for name in ("steps", "tokens")}
     seconds = round(summary["seconds"] + figures["seconds"], 2)
@@ -192,80 +160,91 @@ class _Heads:
         return {name: p.detach().float().cpu().numpy() for name, p in self.parameters.items()}
 
 
-def _by_change(
-    backbone: Backbone,
-    model: Any,
-    heads: _Heads,
-    weights: Mapping[str, Weight],
-    sequences: Sequence[Any],
-    out: Path,
-    adapter: AdapterConfig,
-    training: TrainingConfig,
-    seed: int,
-    size: int,
-    **watched: Any,
+@dataclass(frozen=True)
+class _Shared:
+    """What both phases have."""
+
+    backbone: Backbone
+    model: Any
+    weights: Mapping[str, Weight]
+    sequences: Sequence[Any]
+    adapter: AdapterConfig
+    seed: int
+    size: int
+    checkpoint_seconds: float
+
+
+def _chosen(
+    shared: _Shared, heads: _Heads, out: Path, training: TrainingConfig, progress: Progress | None
 ) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
-    """Full fine-tuning: the entries that moved most."""
-    with Learned(weights) as learned:
-        model.train()
+    """The first phase: the K entries, and the figures."""
+    if shared.adapter.select == "gradient":
+        sums, figures = _summed_gradients(shared, out, training, progress)
+        return largest(parts_of(sums), shared.adapter.entries), figures
+    learned, figures = _fine_tuned(shared, heads, None, out, training, progress)
+    return largest(parts_of(learned.parameters), shared.adapter.entries), figures
+
+
+def _fine_tuned(
+    shared: _Shared,
+    heads: _Heads,
+    support: Mapping[str, Any] | None,
+    out: Path,
+    training: TrainingConfig,
+    progress: Progress | None,
+    trackers: Sequence[str] = (),
+) -> tuple[Learned, dict[str, Any]]:
+    """Fine-tuning of all entries, or of some: what was learned, no longer in the weights, and the figures."""
+    with Learned(shared.weights, support) as learned:
+        shared.model.train()
         figures = learn(
-            backbone,
-            model,
+            shared.backbone,
+            shared.model,
             {**learned.parameters, **heads.parameters},
-            sequences,
+            shared.sequences,
             out,
             training,
-            seed,
-            before_update=lambda: learned.penalty(adapter.l1, size),
+            shared.seed,
+            trackers=trackers,
+            progress=progress,
+            checkpoint_seconds=shared.checkpoint_seconds,
+            before_update=lambda: learned.penalty(shared.adapter.l1, shared.size),
             after_update=learned.refresh,
             fused=True,
-            **watched,
         )
-        return largest(parts_of(learned.parameters), adapter.entries), figures
+    return learned, figures
 
 
-def _by_gradient(
-    backbone: Backbone,
-    model: Any,
-    heads: _Heads,
-    weights: Mapping[str, Weight],
-    sequences: Sequence[Any],
-    out: Path,
-    adapter: AdapterConfig,
-    training: TrainingConfig,
-    seed: int,
-    size: int,
-    *,
-    progress: Progress | None,
-    checkpoint_seconds: float,
-) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
-    """The entries of the greatest gradients at the start, their sizes summed over steps."""
-    total = steps_of(len(sequences), training)
-    lengths = [length_of(s) for s in sequences]
+def _summed_gradients(
+    shared: _Shared, out: Path, training: TrainingConfig, progress: Progress | None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The sizes of the gradients at the start, summed over steps, and the figures."""
+    total, seed = steps_of(len(shared.sequences), training), shared.seed
+    lengths = [length_of(s) for s in shared.sequences]
     began = last = time.monotonic()
-    with Gathered(weights) as gathered:
+    with Gathered(shared.weights) as gathered:
         done, tokens, spent = _resumed(out / CHECKPOINT, gathered)
-        model.train()
+        shared.model.train()
         for step, indices in schedule(lengths, training, seed, done, total):
             torch.manual_seed(derived_seed("step", seed, step))
             loss = batch_loss(
-                backbone,
-                [sequences[i] for i in indices],
+                shared.backbone,
+                [shared.sequences[i] for i in indices],
                 share=training.loss_positions,
                 seed=derived_seed("positions", seed, step),
                 backward=torch.Tensor.backward,
-                model=model,
+                model=shared.model,
             )
             check_loss(loss, step, total)
             gathered.absorb()
             tokens += sum(lengths[i] for i in indices)
             if progress is not None:
                 progress(step + 1, total, loss)
-            if time.monotonic() - last > checkpoint_seconds and step + 1 < total:
+            if time.monotonic() - last > shared.checkpoint_seconds and step + 1 < total:
                 _save(out / CHECKPOINT, gathered, step + 1, tokens, spent + time.monotonic() - began)
                 last = time.monotonic()
-        figures = {"steps": total, "tokens": tokens, "seconds": round(spent + time.monotonic() - began, 2)}
-        return largest(parts_of(gathered.values), adapter.entries), figures
+    figures = {"steps": total, "tokens": tokens, "seconds": round(spent + time.monotonic() - began, 2)}
+    return gathered.values, figures
 
 
 def _save(path: Path, gathered: Gathered, step: int, tokens: int, seconds: float) -> None:
