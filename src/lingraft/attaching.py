@@ -35,7 +35,9 @@ class Part:
 
 def part(adapter: Adapter) -> Part:
     """An adapter as one that others stand on; its head, if it has one, stays behind, and it drops nothing out."""
-    made = {name: value for name, value in adapter.peft_config.items() if name not in ("modules_to_save", "lora_dropout")}
+    made = {
+        name: value for name, value in adapter.peft_config.items() if name not in ("modules_to_save", "lora_dropout")
+    }
     return Part(peft_config(made), tensors_of(adapter, heads=False))
 
 

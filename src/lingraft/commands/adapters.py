@@ -235,7 +235,9 @@ def inspect_folders(folders: Sequence[Path], as_json: bool) -> dict[str, Any] | 
 
     compared = len(folders) == 2
     if compared and any(map(is_stack, folders)):
-        raise UserError("inspect compares adapters, not stacks", remedy="give a part of each: A/bottleneck B/bottleneck")
+        raise UserError(
+            "inspect compares adapters, not stacks", remedy="give a part of each: A/bottleneck B/bottleneck"
+        )
     if not compared:  # Of a stack every part.
         folders = parts_of(folders[0])
     loaded = [_as_adapter(folder) for folder in folders]
