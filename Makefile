@@ -49,6 +49,8 @@ bench: $(VENV)/.dev  ## measure
 	$(BIN)/python benchmarks/losses.py
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/fusion.py
+	$(BIN)/python benchmarks/adapters.py
+	$(BIN)/python benchmarks/selection.py
 
 clean:
 	rm -rf $(VENV) build dist

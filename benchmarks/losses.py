@@ -15,14 +15,14 @@ import time
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 
-from lingraft.backbones import Backbone, environment
+from lingraft.backbones import Backbone, environment, peft_config
 from lingraft.batching import TokenSequence, micro_batches
 from lingraft.config import AdapterConfig, BackboneConfig
 from lingraft.locating import locate
 from lingraft.losses import summed_cross_entropy
-from lingraft.training import batch_loss, initial_tensors
+from lingraft.stepping import batch_loss
+from lingraft.structures import fresh
 
 ROUNDS = 5
 
@@ -68,12 +68,11 @@ def peak_memory() -> int | None:
 def measure(model: str, dtype: str, task: str, only: str | None) -> dict[str, object]:
     """Median seconds a step of each way, or one way alone (for its memory)."""
     backbone = Backbone(locate(BackboneConfig(model=model, dtype=dtype, device="cpu")))
-    adapter = AdapterConfig(dropout=0)
-    config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=backbone.target_modules(adapter))
+    made, tensors = fresh(backbone, AdapterConfig(dropout=0), 0)
     chosen = sequences(task)
     times: dict[str, list[float]] = {name: [] for name in WAYS}
     losses: dict[str, float] = {}
-    with backbone.attached(config, initial_tensors(backbone, adapter, 0)) as wrapped:
+    with backbone.attached(peft_config(made), tensors) as wrapped:
         wrapped.train()
         for turn in range(1 if only else ROUNDS + 1):
             for name, way in WAYS.items():

@@ -607,3 +607,13 @@ def test_a_second_stage_is_not_trained_on_a_language(tmp_path: Path) -> None:
     stages = ["--first-stage", tmp_path / "lora", "--second", "lora", "--beneath", tmp_path / "en"]
     said = mistaken("train", *words, *stages, "adapter.rank=2", "--out", tmp_path / "a")
     assert "a second stage stands on its first one alone" in said and "--beneath" in said
+
+
+def test_the_benchmark_of_stacks_runs(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model", "llama", tie_word_embeddings=True)
+    script, out = Path(__file__).parents[2] / "benchmarks" / "adapters.py", tmp_path / "found.json"
+    wanted = ["--quick", "--model", str(tmp_path / "model"), "--entries", "500", "--out", str(out)]
+    subprocess.run([sys.executable, str(script), *wanted], check=True, capture_output=True)
+    found = json.loads(out.read_text())
+    assert found["swap_seconds"]["base_unchanged"] and found["learning"]["base_unchanged"]
+    assert found["learning"]["bytes_an_entry"] == 20 and found["learning"]["copy_of_a_tied_embedding_mib"] > 0
