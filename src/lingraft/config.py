@@ -140,8 +140,12 @@ class TrainingConfig(Config):
         default=None, ge=1, description="a sample of so many training items, the same in every language"
     )
     max_output: int = Field(default=128, ge=2, description="encoder-decoders: tokens of an answer")
+    held_out: float = Field(
+        default=0.0, ge=0, le=0.5, description="share that is not learned from: the step of its least loss is kept"
+    )
+    evaluate_every: int = Field(default=1000, ge=1, description="held_out: steps from one look at its loss to the next")
 
-    later: ClassVar[frozenset[str]] = frozenset({"limit", "max_output"})
+    later: ClassVar[frozenset[str]] = frozenset({"limit", "max_output", "held_out", "evaluate_every"})
 
 
 def epochs_read(adapter: Mapping[str, Any], training: Mapping[str, Any]) -> float:

@@ -28,7 +28,7 @@ from lingraft.heads import Head
 from lingraft.layouts.common import PREFIX
 from lingraft.modules.sparse import parted
 from lingraft.selecting import largest
-from lingraft.stepping import CHECKPOINT, Progress, batch_loss, check_loss, learn, length_of, schedule
+from lingraft.stepping import BEST, CHECKPOINT, Progress, batch_loss, check_loss, divided, learn, length_of, schedule
 from lingraft.tensors import TensorFile, write_all
 
 FIRST = "first"
@@ -95,7 +95,8 @@ def learn_difference(
         )
     epochs = training.epochs if adapter.first_epochs is None else adapter.first_epochs
     first = training.model_copy(update={"epochs": epochs})
-    steps = [steps_of(len(sequences), values) for values in (first, training)]
+    learned_from, _ = divided(sequences, training, seed)
+    steps = [steps_of(len(learned_from), values) for values in (first, training)]
     with backbone.bare(head) as model, ExitStack() as put:
         # Before anything is put on: what is beneath is no part of N.
         size = sum(p.numel() for p in model.parameters())
@@ -109,7 +110,7 @@ def learn_difference(
         if not (out / SELECTION).exists():
             heads, told = _Heads(backbone, model, head, tensors), _shifted(progress, 0, sum(steps))
             _keep(out / SELECTION, *_chosen(shared, heads, place, first, told))
-        for left in (CHECKPOINT, f".{CHECKPOINT}"):
+        for left in (CHECKPOINT, f".{CHECKPOINT}", BEST):
             (place / left).unlink(missing_ok=True)
         winners, figures = _kept(out / SELECTION)
         heads, told = _Heads(backbone, model, head, tensors), _shifted(progress, steps[0], sum(steps))
@@ -219,8 +220,8 @@ def _summed_gradients(
     shared: _Shared, out: Path, training: TrainingConfig, progress: Progress | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The sizes of the gradients at the start, summed over steps, and the figures."""
-    total, seed = steps_of(len(shared.sequences), training), shared.seed
-    lengths = [length_of(s) for s in shared.sequences]
+    seed, (sequences, _) = shared.seed, divided(shared.sequences, training, shared.seed)
+    total, lengths = steps_of(len(sequences), training), [length_of(s) for s in sequences]
     began = last = time.monotonic()
     with Gathered(shared.weights) as gathered:
         done, tokens, spent = _resumed(out / CHECKPOINT, gathered)
@@ -229,7 +230,7 @@ def _summed_gradients(
             torch.manual_seed(derived_seed("step", seed, step))
             loss = batch_loss(
                 shared.backbone,
-                [shared.sequences[i] for i in indices],
+                [sequences[i] for i in indices],
                 share=training.loss_positions,
                 seed=derived_seed("positions", seed, step),
                 backward=torch.Tensor.backward,

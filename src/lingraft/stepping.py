@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
+BEST = "best.safetensors"
+"""The parameters at the least loss of what is held out, so far; whoever writes what was learned removes it."""
 Progress = Callable[[int, int, float], None]
 """Called with the steps done, the steps in all, and the loss."""
 
@@ -167,11 +169,13 @@ def learn(
         fused: Whether the optimizer takes its step without copies of the parameters' size; rounding differs a little.
 
     Returns:
-        Steps, tokens, seconds and the last loss.
+        Steps, tokens, seconds and the last loss; where something is held out, its least loss and the step of that.
 
     Raises:
         LingraftError: The loss became NaN or infinite.
+        UserError: There is nothing left to learn from, or nothing to hold out.
     """
+    sequences, held = divided(sequences, config, seed)
     accelerator = _accelerator(trackers, out)
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused or None
@@ -179,6 +183,7 @@ def learn(
     prepared = accelerator.prepare_optimizer(optimizer)
     total = steps_of(len(sequences), config)
     done, spent, tokens = _resume(out, parameters, optimizer)
+    best = _Best(out, parameters) if held else None
     if done and after_update is not None:
         after_update()
     lengths = [length_of(s) for s in sequences]
@@ -211,6 +216,8 @@ def learn(
                 "learning_rate": group["lr"],
                 "tokens": tokens,
             }
+            if best is not None and ((step + 1) % config.evaluate_every == 0 or step + 1 == total):
+                note["held_out_loss"] = best.look(step + 1, _held_out_loss(backbone, model, held, config, seed))
             log.write(json.dumps(note) + "\n")
             if trackers:
                 accelerator.log({k: v for k, v in note.items() if k != "step"}, step=step + 1)
@@ -225,12 +232,81 @@ def learn(
                     due = max(checkpoint_seconds, 20 * (last_saved - saving))
     if trackers:
         accelerator.end_training()
+    kept: dict[str, Any] = {}
+    if best is not None and total:
+        kept["held_out"] = best.take()
+        if after_update is not None:
+            after_update()
     return {
+        **kept,
         "steps": total,
         "tokens": tokens,
         "seconds": round(spent + time.monotonic() - began, 2),
         "loss": _last_loss(out),
     }
+
+
+def divided(sequences: Sequence[Any], config: TrainingConfig, seed: int) -> tuple[Sequence[Any], Sequence[Any]]:
+    """What is learned from, and what is held out: of parallel texts the same places in every language.
+
+    Raises:
+        UserError: One of them would be empty.
+    """
+    if not config.held_out:
+        return sequences, ()
+    if len(sequences) < 2:
+        raise UserError("of one sequence nothing can be held out", remedy="use training.held_out=0, or more text")
+    count = max(1, round(config.held_out * len(sequences)))
+    rng = np.random.default_rng(derived_seed("held out", seed))
+    out = set(rng.permutation(len(sequences))[:count].tolist())
+    return [s for n, s in enumerate(sequences) if n not in out], [sequences[n] for n in sorted(out)]
+
+
+def _held_out_loss(backbone: Backbone, model: Any, held: Sequence[Any], config: TrainingConfig, seed: int) -> float:
+    """The mean loss of what is held out, at the same positions every time."""
+    model.eval()
+    drawn = derived_seed("held out positions", seed)
+    with torch.no_grad():
+        loss = batch_loss(backbone, held, share=config.loss_positions, seed=drawn, model=model)
+    model.train()
+    return loss
+
+
+class _Best:
+    """The parameters at the least loss of what is held out, on disk: of a training that goes on, those of before."""
+
+    def __init__(self, out: Path, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        self.path, self.parameters = out / BEST, parameters
+        self.path.with_name(f".{BEST}").unlink(missing_ok=True)
+        if not (out / CHECKPOINT).exists():
+            self.path.unlink(missing_ok=True)
+
+    def look(self, step: int, loss: float) -> float:
+        """Keeps the parameters where the loss is less than ever; gives it back."""
+        if math.isfinite(loss) and (not self.path.exists() or loss < self._figures()["loss"]):
+            partial = self.path.with_name(f".{BEST}")
+            tensors = {name: p.detach().cpu().numpy() for name, p in self.parameters.items()}
+            write_all(partial, tensors, {"loss": repr(loss), "step": str(step)})
+            partial.replace(self.path)
+        return loss
+
+    def _figures(self) -> dict[str, Any]:
+        found = TensorFile(self.path).metadata
+        return {"loss": float(found["loss"]), "step": int(found["step"])}
+
+    def take(self) -> dict[str, Any]:
+        """Makes the parameters those that were kept, and says of which step and loss they are.
+
+        Raises:
+            LingraftError: The loss was never a number.
+        """
+        if not self.path.exists():
+            raise LingraftError("the loss of what is held out was never a number", remedy="lower the learning rate")
+        saved, figures = TensorFile(self.path), self._figures()
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(torch.from_numpy(np.array(saved.read(name))).to(parameter.device))
+        return figures
 
 
 def check_loss(value: float, step: int, total: int) -> None:

@@ -23,7 +23,7 @@ from lingraft.heads import Head
 from lingraft.layouts import layout_of
 from lingraft.layouts.common import CONFIG, SIDECAR, WEIGHTS
 from lingraft.stacks import check_stack, described, write_note
-from lingraft.stepping import CHECKPOINT, Progress, learn, objective_of
+from lingraft.stepping import BEST, CHECKPOINT, Progress, learn, objective_of
 from lingraft.store import write_json
 from lingraft.structures import fresh, fresh_coupling
 from lingraft.tensors import write_all
@@ -137,7 +137,7 @@ def train(
             second.write(out, extra)
             own["second"] = second.notes()
         _write(out, backbone, made, final, {**notes, **own}, head)
-    for left in (CHECKPOINT, lottery.SELECTION):
+    for left in (CHECKPOINT, BEST, lottery.SELECTION):
         (out / left).unlink(missing_ok=True)
     return {**summary, "environment": environment(backbone)}
 
