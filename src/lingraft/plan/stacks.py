@@ -63,8 +63,7 @@ class Stacks:
 
     def graft_config(self, row: Method) -> dict[str, Any]:
         """How language adapters are merged, the weight aside."""
-        assert row.stack is not None
-        return {"beneath": {structure: LANGUAGE_SPACES[structure] for structure in _PARTS[row.stack]}}
+        return {"beneath": {structure: LANGUAGE_SPACES[structure] for structure in _PARTS[row.stack or ""]}}
 
     def beneath(self, row: Method, language: str, seed: int, selection: Step | None = None) -> Step:
         """What lies beneath the task's adapter in a language: its language adapter, or with a choice of λ a graft."""
@@ -75,5 +74,4 @@ class Stacks:
         return self.planner.step("merge", self.graft_config(row), inputs, {}, label)
 
     def _settings(self, row: Method) -> MadxConfig | LfsftConfig:
-        assert row.stack is not None
-        return self.experiment.stack(row.stack)
+        return self.experiment.stack(row.stack or "")
