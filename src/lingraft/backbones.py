@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from lingraft import roles
 from lingraft.adapter import Adapter
 from lingraft.attaching import REMEDY, TOP, Part, load, part, peft_config, settle, stacked, tensors_of
+from lingraft.config import SpeedConfig
 from lingraft.errors import AdapterError, BackboneError, MissingExtra, UserError
 from lingraft.fitting import base_digest
 from lingraft.heads import AUTO_CLASSES, Head, head_of
 from lingraft.locating import Located, architecture_of, materialise
+from lingraft.modules.rows import Rows
 from lingraft.stacks import Adapters, as_stack, check_stack
 
 if TYPE_CHECKING:
@@ -61,10 +63,12 @@ class Backbone:
 
     Args:
         located: What `locate` found.
+        speed: How fast and in how much memory it computes.
 
     Attributes:
         kind: `decoder`, `encoder` or `encoder-decoder`.
         model: The language model; of an encoder the masked one, whose head may be without weights. `headed` gives others.
+        rows: What the adapters' layers are told of the batch.
         fuser: What mixes a counterpart's states in by FLARE, while such an adapter is on the model; else None.
         mixup: The same for X-Mixup.
 
@@ -73,7 +77,7 @@ class Backbone:
         MissingExtra: The training extra is not installed, or bitsandbytes for a quantised base.
     """
 
-    def __init__(self, located: Located) -> None:
+    def __init__(self, located: Located, speed: SpeedConfig | None = None) -> None:
         training_stack()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         import torch
@@ -83,11 +87,13 @@ class Backbone:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         self.located = located
+        self.speed = speed or SpeedConfig()
         self.kind = architecture_of(located)
         self.folder = materialise(located)
         self.device = torch.device(_device(located.config.device))
         self.dtype: torch.dtype = getattr(torch, located.config.dtype)
         self.scale = 1.0
+        self.rows = Rows()
         self.fuser: Any = None
         self.mixup: Any = None
         self._headed: dict[Head, Headed] = {}

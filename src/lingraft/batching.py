@@ -188,19 +188,19 @@ def steps_of(count: int, config: TrainingConfig) -> int:
     return math.ceil(config.epochs * math.ceil(count / config.batch_size))
 
 
-PART = 4096
-"""Padded tokens of a part of a batch: activations take memory by the token, speed gains nothing from more."""
-
-
-def micro_batches(lengths: Sequence[int]) -> list[list[int]]:
+def micro_batches(lengths: Sequence[int], part_tokens: int = 4096) -> list[list[int]]:
     """Splits a batch into parts of near-equal length, longest first, so that little is padding.
 
     The gradients of the parts add up to the batch's: the split changes speed, not what is learned.
+
+    Args:
+        lengths: Tokens of every sequence.
+        part_tokens: Padded tokens of a part, at most, unless it is one sequence: activations take memory by the token.
     """
     parts: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         widest = lengths[parts[-1][0]] if parts else 0
-        fits = parts and widest * (len(parts[-1]) + 1) <= PART
+        fits = parts and widest * (len(parts[-1]) + 1) <= part_tokens
         # A part below some 256 tokens wastes more in small matrix products than padding would.
         if fits and (lengths[index] > 0.75 * widest or widest * len(parts[-1]) < 256):
             parts[-1].append(index)

@@ -56,6 +56,33 @@ _OF_FAMILY = {
 """Which values of an adapter's configuration mean something to which structure."""
 
 
+class SpeedConfig(Config):
+    """How fast and in how much memory something is computed, never what: no step's key holds any of it."""
+
+    part_tokens: int = Field(
+        default=4096,
+        ge=16,
+        description="training: padded tokens that go through the model at once; a batch is split into parts",
+    )
+    packing: bool = Field(
+        default=False, description="training decoders: several texts in one row, none of which sees another"
+    )
+    together: int = Field(
+        default=1, ge=1, description="adapters of one shape that are trained in one forward pass, at most"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="training: activations are computed again instead of kept: less memory, more time"
+    )
+    compile: bool = Field(default=False, description="torch.compile; it needs a C++ compiler")
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        default="auto",
+        description="auto: transformers' choice for the model, which is PyTorch's fused attention where it can be",
+    )
+    kernels: Literal["auto", "none", "liger"] = Field(
+        default="auto", description="fused kernels on a GPU; auto: Liger's where it is installed"
+    )
+
+
 class AdapterConfig(Config):
     """The structure of an adapter; values that another structure needs are refused."""
 
@@ -498,6 +525,7 @@ class Experiment(Config):
     methods: tuple[str, ...] = ("vanilla", "eng-ft", "adamergex", "adamergex-product")
     selection: SelectionConfig = SelectionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    speed: SpeedConfig = SpeedConfig()
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     seeds_of: dict[str, tuple[int, ...]] = Field(
         default={}, description="fewer of the seeds for some of the methods, by name: a dear ceiling, a minor control"

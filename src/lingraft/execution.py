@@ -79,7 +79,7 @@ class Session:
         from lingraft.structures import fresh, fresh_coupling, sites
 
         self.progress(0, 0, "loading the base model")
-        loaded = Backbone(self.located)
+        loaded = Backbone(self.located, self.experiment.speed)
         # A module that does not exist is said now, not after an hour of training.
         adapters = [self.experiment.adapter]
         for stack in dict.fromkeys(method(name).stack for name in self.experiment.methods):

@@ -20,11 +20,13 @@ class Drawn:
         item: What the objective reads.
         terms: How many terms of the loss it has.
         length: Its tokens: parts of a batch are of near-equal length.
+        seed: What is dropped out of it is a function of this.
     """
 
     item: Any
     terms: int
     length: int
+    seed: int = 0
 
 
 @dataclass(frozen=True)
