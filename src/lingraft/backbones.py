@@ -16,7 +16,7 @@ from lingraft.errors import AdapterError, BackboneError, MissingExtra, UserError
 from lingraft.fitting import base_digest
 from lingraft.heads import AUTO_CLASSES, Head, head_of
 from lingraft.locating import Located, architecture_of, materialise
-from lingraft.modules.rows import Rows
+from lingraft.rows import Rows
 from lingraft.stacks import Adapters, as_stack, check_stack
 
 if TYPE_CHECKING:
