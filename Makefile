@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # pip's resolver is told of torch first, so that a CPU build that is already at hand is not replaced by a larger one.
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+ROUNDS ?= 5
 
-.PHONY: help install quickstart quickstart-short test test-full check format bench clean
+.PHONY: help install quickstart quickstart-short test test-full check format bench bench-speed bench-page bench-rest clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -45,7 +46,25 @@ format: $(VENV)/.dev  ## put the code in shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev  ## measure
+bench: bench-speed bench-rest  ## measure all; DATA=folder of the data sets, ENCODER=folder of an encoder, ROUNDS=5, THREADS
+
+# One question a script, ours and the peer in turn; the page is made of their results. Peers get environments of their own in .bench.
+COMMON = --rounds $(ROUNDS) $(if $(THREADS),--threads $(THREADS))
+REAL = $(if $(DATA),--data-dir $(DATA))
+bench-speed: $(VENV)/.dev  ## speed beside the peers: benchmarks/results/speed.md
+	$(BIN)/python benchmarks/limits.py $(COMMON)
+	$(BIN)/python benchmarks/training.py $(COMMON) $(REAL) $(if $(ENCODER),--encoder $(ENCODER))
+	$(BIN)/python benchmarks/training.py $(COMMON) --profile-only
+	$(BIN)/python benchmarks/scoring.py $(COMMON) $(REAL)
+	$(BIN)/python benchmarks/grid.py $(COMMON) $(REAL)
+	$(BIN)/python benchmarks/growth.py $(if $(THREADS),--threads $(THREADS))
+	$(BIN)/python benchmarks/startup.py $(COMMON)
+	$(BIN)/python benchmarks/page.py
+
+bench-page: $(VENV)/.dev  ## the page again, from the results that are there
+	$(BIN)/python benchmarks/page.py
+
+bench-rest: $(VENV)/.dev
 	$(BIN)/python benchmarks/losses.py
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/fusion.py

@@ -21,9 +21,10 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from common import commit, processor, table, versions
 
 if TYPE_CHECKING:
     from lingraft.backbones import Backbone
@@ -119,16 +120,6 @@ def their_numbers(pairs: list[tuple[str, str]]) -> list[tuple[str, bool]]:
         (said, bool(exact_match_fn(predictions=[said], references=[right], **ignored)["exact_match"]))
         for said, (_, right) in zip(read, pairs, strict=True)
     ]
-
-
-def versions(*names: str) -> dict[str, str]:
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def ask(python: Path, asked: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -477,26 +468,6 @@ MGSM in {", ".join(COUNTED)}. GSM8K's reasoning does not always end with the res
 """
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def machine() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{os.cpu_count()} cores of {model or platform.processor() or platform.machine()}"
-
-
-def commit() -> str:
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
-
-    changed = git("status", "--porcelain", "src")
-    return git("rev-parse", "--short", "HEAD") + (" and changes not committed" if changed else "")
-
-
 def main() -> None:
     if sys.argv[1:2] == ["--theirs"]:
         requests, said = Path(sys.argv[2]), Path(sys.argv[3])
@@ -548,7 +519,7 @@ def main() -> None:
         "    .venv/bin/python benchmarks/lm_eval_agreement.py --lm-eval PYTHON --squad PYTHON --data-dir DIR"
         f" --items {options.items} --texts {options.texts}",
         "",
-        f"{time.strftime('%B %Y')}; commit {commit()}; {machine()}, {options.threads} thread(s). "
+        f"{time.strftime('%B %Y')}; commit {commit()}; {os.cpu_count()} cores of {processor()}, {options.threads} thread(s). "
         f"Both sides load the same folder of {backbone.located.name} in float32 on the CPU.",
         "",
         *listed,

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+import common
 from lingraft.backbones import Backbone, environment, peft_config
 from lingraft.batching import TokenSequence, micro_batches
 from lingraft.config import AdapterConfig, BackboneConfig
@@ -58,13 +59,6 @@ def ours(backbone: Backbone, chosen: list[TokenSequence]) -> float:
 WAYS = {"full logits": full_logits, "lingraft": ours}
 
 
-def peak_memory() -> int | None:
-    """The most this process has held, in MiB, the loaded model included; ru_maxrss would count the parent's, too."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((round(int(line.split()[1]) / 1024) for line in lines if line.startswith("VmHWM")), None)
-
-
 def measure(model: str, dtype: str, task: str, only: str | None) -> dict[str, object]:
     """Median seconds a step of each way, or one way alone (for its memory)."""
     backbone = Backbone(locate(BackboneConfig(model=model, dtype=dtype, device="cpu")))
@@ -83,7 +77,7 @@ def measure(model: str, dtype: str, task: str, only: str | None) -> dict[str, ob
                 if turn or only:
                     times[name].append(time.perf_counter() - began)
     found = {n: {"median_s": statistics.median(t), "min_s": min(t), "max_s": max(t)} for n, t in times.items() if t}
-    return {"losses": losses, "times": found, "memory_mib": peak_memory(), "environment": environment(backbone)}
+    return {"losses": losses, "times": found, "memory_mib": common.peak_memory(), "environment": environment(backbone)}
 
 
 def exactness(dtype: torch.dtype) -> dict[str, float]:
@@ -115,9 +109,7 @@ def main() -> None:
         return
     results: dict[str, object] = {
         "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "commit": common.commit(),
         "parts": [len(p) for p in micro_batches([len(s.ids) for s in sequences("answer")])],
     }
     for dtype in ("bfloat16", "float32"):

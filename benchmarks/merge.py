@@ -11,22 +11,20 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+import common
 from lingraft import Adapter
 from lingraft.store import write_json
 from lingraft.tensors import write_tensors
@@ -105,17 +103,14 @@ def in_turn(ways: Mapping[str, Callable[[], Any]], out: Path, rounds: int) -> Ti
 
     Before each the output is gone and the disk at rest, so that none pays for what another has left to be written.
     """
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(rounds + 1):
-        for name, way in ways.items():
-            shutil.rmtree(out, ignore_errors=True)
-            os.sync()
-            began = time.perf_counter()
-            way()
-            if turn:
-                times[name].append(time.perf_counter() - began)
+
+    def at_rest() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        os.sync()
+
+    times = common.in_turn(ways, rounds, at_rest)
     shutil.rmtree(out, ignore_errors=True)
-    return {n: {"median_s": statistics.median(t), "min_s": min(t), "max_s": max(t)} for n, t in times.items()}
+    return times
 
 
 def read_and_write(files: list[Path], out: Path, block: int | None) -> None:
@@ -379,18 +374,6 @@ def weight_in_place(shape: Shape, folder: Path, rounds: int) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "processor": model or platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("numpy", "safetensors", "torch", "transformers", "peft")},
-    }
-
-
 def table(times: Times, more: Mapping[str, Mapping[str, float]]) -> list[str]:
     """A Markdown table of milliseconds, with further columns by the row's name."""
     lines = ["| " + " | ".join(["", "ms", *more]) + " |", "|---" * (2 + len(more)) + "|"]
@@ -471,10 +454,8 @@ def main() -> None:
         peft = beside_peft(small, work / "small", rounds, not options.no_svd)
         in_place = weight_in_place(small, work / "place", rounds)
     results = {
-        "machine": machine(),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "machine": common.machine("numpy", "safetensors", "torch", "transformers", "peft"),
+        "commit": common.commit(),
         "date": time.strftime("%B %Y"),
         "rounds": rounds,
         "lingraft": alone,

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+import common
 from lingraft.selecting import Part, largest
 from lingraft.store import write_json
 
@@ -98,12 +99,6 @@ WAYS: dict[str, Callable[[list[np.ndarray], int], Chosen]] = {
 }
 
 
-def memory(field: str) -> int:
-    """A field of what Linux says of this process's memory, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
-
-
 def measure(way: str, share: int, rounds: int) -> dict[str, Any]:
     """One way, in this process."""
     if way != "lingraft":
@@ -112,14 +107,14 @@ def measure(way: str, share: int, rounds: int) -> dict[str, Any]:
         torch.set_num_threads(1)
     arrays, k = differences(share), K // share
     WAYS[way]([array[:1000] for array in arrays[:1]], 10)  # What is imported or set up at the first use.
-    Path("/proc/self/clear_refs").write_text("5")  # The peak so far is forgotten.
-    before = memory("VmRSS")
+    common.forget_peak()  # The peak so far is forgotten.
+    before = common.memory("VmRSS") or 0
     times, chosen, peak = [], 0, 0
     for turn in range(rounds):
         began = time.perf_counter()
         chosen = WAYS[way](arrays, k)
         times.append(time.perf_counter() - began)
-        peak = peak if turn else memory("VmHWM") - before
+        peak = peak if turn else (common.memory("VmHWM") or 0) - before
     return {
         "way": way,
         "entries": sum(sizes(share)),
@@ -167,9 +162,8 @@ def main() -> None:
         command = [sys.executable, __file__, "--one", *arguments]
         said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
         rows.append(json.loads(said.splitlines()[-1]))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     machine = {
-        "commit": commit.strip(),
+        "commit": common.commit(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("numpy", "torch")},

@@ -169,7 +169,8 @@ def tensors_on(wrapped: Any, name: str = TOP) -> "dict[str, torch.Tensor]":
 
     if name == TOP:
         # PEFT tells adapters of one structure apart only where it made both.
-        found = get_peft_model_state_dict(wrapped)
+        # PEFT would ask the hub whether the embeddings have grown.
+        found = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         return {key: tensor for key, tensor in found.items() if not _BENEATH.search(key)}
     ours = re.compile(rf"\.{name}(?=\.|$)")
     return {ours.sub("", key): tensor for key, tensor in wrapped.named_parameters() if ours.search(key)}

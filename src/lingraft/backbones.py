@@ -17,6 +17,7 @@ from lingraft.fitting import base_digest
 from lingraft.heads import AUTO_CLASSES, Head, head_of
 from lingraft.locating import Located, architecture_of, materialise
 from lingraft.rows import Rows
+from lingraft.speeding import attention, check_compiler, fuse_kernels, sped
 from lingraft.stacks import Adapters, as_stack, check_stack
 
 if TYPE_CHECKING:
@@ -71,10 +72,13 @@ class Backbone:
         rows: What the adapters' layers are told of the batch.
         fuser: What mixes a counterpart's states in by FLARE, while such an adapter is on the model; else None.
         mixup: The same for X-Mixup.
+        causal: Whether no position of a decoder depends on what stands on its right, so that padding there needs no mask.
+        kernels: Whose fused kernels compute: `liger` or `none`.
 
     Raises:
         BackboneError: The model cannot be loaded, or is of a layout that is not served.
-        MissingExtra: The training extra is not installed, or bitsandbytes for a quantised base.
+        MissingExtra: The training extra is not installed, or what a quantised base or fused kernels take.
+        UserError: What was asked for in `speed` cannot be had here.
     """
 
     def __init__(self, located: Located, speed: SpeedConfig | None = None) -> None:
@@ -89,6 +93,10 @@ class Backbone:
         self.located = located
         self.speed = speed or SpeedConfig()
         self.kind = architecture_of(located)
+        if self.speed.packing and self.kind != "decoder":
+            raise UserError(
+                f"texts are packed for decoders, and {located.name} is an {self.kind}", remedy="leave speed.packing out"
+            )
         self.folder = materialise(located)
         self.device = torch.device(_device(located.config.device))
         self.dtype: torch.dtype = getattr(torch, located.config.dtype)
@@ -96,8 +104,13 @@ class Backbone:
         self.rows = Rows()
         self.fuser: Any = None
         self.mixup: Any = None
+        self.causal = False
+        self._fronted = False
         self._headed: dict[Head, Headed] = {}
         quantised = _quantisation(located.config, self.dtype)
+        self._attention = attention(self.speed, self.device, self.dtype)
+        if self.speed.compile:
+            check_compiler(self.device)
         remote = located.config.trust_remote_code
         model, self._missing = self._read(_LOADERS[self.kind], **quantised)
         try:
@@ -108,7 +121,10 @@ class Backbone:
             torch.nn.Module.to(model, self.device)
         self.model: PreTrainedModel = model.eval().requires_grad_(False)
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
+        self.kernels = fuse_kernels(self.model, self.speed, self.device)
         self._check_head()
+        if self.speed.packing:
+            self._check_packing()
 
     def _read(self, loader: str, **options: Any) -> "tuple[PreTrainedModel, frozenset[str]]":
         """A model of one of transformers' automatic classes, and the names of its parameters that are not in the checkpoint.
@@ -130,6 +146,7 @@ class Backbone:
                     trust_remote_code=config.trust_remote_code,
                     local_files_only=True,
                     output_loading_info=True,
+                    **self._attention,
                     **options,
                 )
             except (ValueError, KeyError, OSError, ImportError) as error:
@@ -167,11 +184,64 @@ class Backbone:
         """Ids to text."""
         return self.tokenizer.decode(list(ids))  # pyright: ignore[reportReturnType]
 
-    def hidden(self, input_ids: "torch.Tensor", attention_mask: "torch.Tensor") -> "torch.Tensor":
-        """The states before the output embedding (batch × length × width), adapters included."""
+    def hidden(
+        self,
+        input_ids: "torch.Tensor",
+        attention_mask: "torch.Tensor | None" = None,
+        position_ids: "torch.Tensor | None" = None,
+    ) -> "torch.Tensor":
+        """The states before the output embedding (batch × length × width), adapters included.
+
+        Args:
+            input_ids: batch × length.
+            attention_mask: batch × length, 0 where padding stands; None: on the right, if anywhere. A decoder that is `causal` then
+                computes without a mask, which PyTorch's fused attention is faster at.
+            position_ids: batch × length, where several texts stand in a row: each counts from 0, and sees itself alone.
+        """
+        given: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
         return self._before_output(
-            self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+            self.model.base_model(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **given
+            ).last_hidden_state
         )
+
+    @property
+    def packs(self) -> bool:
+        """Whether texts are packed into rows now: it was asked for, nothing on the model stands beside or before a text, and all
+        rows are of one adapter.
+        """
+        return self.speed.packing and self.fuser is None and not self._fronted and not self.rows.lanes
+
+    def _check_packing(self) -> None:
+        """Makes sure that packed texts do not see one another, and are read as they are alone.
+
+        Raises:
+            UserError: They are not.
+        """
+        import torch
+
+        remedy = "leave speed.packing out"
+        first, other, second = (
+            torch.arange(start, start + 6, device=self.device)[None] % len(self.tokenizer) for start in (1, 9, 17)
+        )
+        places = torch.arange(6, device=self.device).repeat(2)[None]
+        try:
+            with torch.no_grad():
+                alone = self.hidden(second)
+                packed, changed = (
+                    self.hidden(torch.cat([text, second], dim=1), position_ids=places)[:, 6:] for text in (first, other)
+                )
+        except TypeError as error:  # It takes no positions.
+            raise UserError(
+                f"texts cannot be packed for {type(self.model).__name__}: {error}", remedy=remedy
+            ) from error
+        size = float(alone.abs().max())
+        near = torch.allclose(packed, alone, rtol=0, atol=size * (1e-3 if self.dtype == torch.float32 else 0.05))
+        if not torch.equal(packed, changed) or not near:
+            raise UserError(
+                f"texts cannot be packed for {type(self.model).__name__}: one would see another, or stand elsewhere",
+                remedy=remedy,
+            )
 
     def _before_output(self, states: "torch.Tensor") -> "torch.Tensor":
         """What the output embedding itself gets: a coupling behind the embeddings is inverted in front of it."""
@@ -327,7 +397,11 @@ class Backbone:
         with torch.no_grad():
             if self.kind == "decoder":
                 expected = self.model(input_ids=ids).logits[0, -1].float()
-                ours = project(self.hidden(ids, torch.ones_like(ids))[0, -1:], head.weight, self.softcap)[0]
+                states = self.hidden(ids)
+                ours = project(states[0, -1:], head.weight, self.softcap)[0]
+                other = ids.clone()
+                other[0, -1] = 4
+                self.causal = torch.equal(states[0, :-1], self.hidden(other)[0, :-1])
             else:
                 expected = self.model(input_ids=ids, decoder_input_ids=ids).logits[0].float()
                 read = self.model.get_encoder()(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
@@ -392,6 +466,7 @@ class Backbone:
         from peft import PeftModel, get_peft_model
         from peft.utils.error import NoMatchingPeftModuleError
 
+        from lingraft.modules.lowrank import quicken
         from lingraft.prefixes import in_front
 
         with self.bare(head) as model, stacked(model, beneath) as names:
@@ -406,12 +481,29 @@ class Backbone:
             if tensors is not None:
                 load(wrapped, tensors)
             settle(model, [*names, TOP], beneath, merged=[*names, TOP] if merged else names)
+            quicken(model, self.rows)
             learned = getattr(wrapped, "prompt_encoder", None)
-            if learned is None:
-                yield wrapped
-            else:
-                with in_front(model, learned.to(self.device)["default"].embedding.weight):
-                    yield wrapped
+            try:
+                if learned is None:
+                    with self.sped(model):
+                        yield wrapped
+                else:
+                    self._fronted = True
+                    with in_front(model, learned.to(self.device)["default"].embedding.weight):
+                        yield wrapped
+            finally:
+                self._fronted, self.rows.segments = False, ()
+
+    @contextmanager
+    def sped(self, model: Any) -> Iterator[None]:
+        """A model computes as `speed` says, with whatever has been put on it before."""
+        from lingraft.dropping import quick_dropout
+
+        with (
+            quick_dropout(model, self.rows),
+            sped(model, self.speed, lambda: self.fuser is None and self.mixup is None),
+        ):
+            yield
 
     @contextmanager
     def bare(self, head: Head | None = None) -> Iterator[Any]:
@@ -445,8 +537,8 @@ class Backbone:
         """
         stack = as_stack(adapter)
         if not stack:
-            self.model.eval()
-            yield None
+            with self.sped(self.model.eval()):
+                yield None
             return
         check_stack(stack)
         for one in stack:
@@ -662,5 +754,9 @@ def environment(backbone: Backbone | None = None) -> dict[str, Any]:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "peft": peft.__version__,
+            "attention": str(getattr(backbone.model.config, "_attn_implementation", None)),
+            "kernels": backbone.kernels,
+            "compile": backbone.speed.compile,
+            "packing": backbone.speed.packing,
         }
     return found

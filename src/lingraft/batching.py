@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lingraft import packing
 from lingraft.config import TrainingConfig
 from lingraft.errors import DataError
 from lingraft.tasks.items import Example
@@ -188,7 +189,7 @@ def steps_of(count: int, config: TrainingConfig) -> int:
     return math.ceil(config.epochs * math.ceil(count / config.batch_size))
 
 
-def micro_batches(lengths: Sequence[int], part_tokens: int = 4096) -> list[list[int]]:
+def micro_batches(lengths: Sequence[int], part_tokens: int = 4096, *, packed: bool = False) -> list[list[int]]:
     """Splits a batch into parts of near-equal length, longest first, so that little is padding.
 
     The gradients of the parts add up to the batch's: the split changes speed, not what is learned.
@@ -196,7 +197,10 @@ def micro_batches(lengths: Sequence[int], part_tokens: int = 4096) -> list[list[
     Args:
         lengths: Tokens of every sequence.
         part_tokens: Padded tokens of a part, at most, unless it is one sequence: activations take memory by the token.
+        packed: Several sequences share a row, so that their lengths need not be alike.
     """
+    if packed:
+        return packing.parts(lengths, part_tokens)
     parts: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         widest = lengths[parts[-1][0]] if parts else 0

@@ -269,7 +269,7 @@ def train(**options: Any) -> Any:
     With --first-stage: train a second stage on a task's labels in the target language (FLARE). The adapter that comes out has
     its first stage in it.
 
-    KEY=VALUE sets training.…, adapter.…, reference.…, fusion.… or mixup.… values, for example training.epochs=1.
+    KEY=VALUE sets training.…, adapter.…, reference.…, fusion.…, mixup.… or speed.… values, for example training.epochs=1.
     """
     from lingraft.commands import models
 
@@ -301,11 +301,14 @@ def train(**options: Any) -> Any:
 @_source_options
 @click.option("--no-source", is_flag=True, help="Ask an adapter of two languages without counterparts, as plain LoRA.")
 @click.option("--out", type=FOLDER, required=True)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @verb
 def evaluate(**options: Any) -> Any:
     """Score a model, with or without an adapter: by label likelihood, or by what it writes.
 
     An adapter of two languages is asked with the items' counterparts in the source language, as it was trained.
+
+    KEY=VALUE sets speed.compile, speed.attention or speed.kernels, which change how fast it is computed.
     """
     from lingraft.commands import models
 

@@ -82,6 +82,19 @@ class SpeedConfig(Config):
         default="auto", description="fused kernels on a GPU; auto: Liger's where it is installed"
     )
 
+    @model_validator(mode="after")
+    def _one_layout(self) -> "SpeedConfig":
+        if self.packing and self.together > 1:
+            raise ValueError(
+                "packing and together: the texts of several adapters do not share a row; ask for one of them"
+            )
+        return self
+
+    @property
+    def lost_behind_prefixes(self) -> tuple[str, ...]:
+        """What was asked for and cannot be had while a prefix stands before every text."""
+        return tuple(name for name in ("packing", "gradient_checkpointing", "compile") if getattr(self, name))
+
 
 class AdapterConfig(Config):
     """The structure of an adapter; values that another structure needs are refused."""
@@ -579,6 +592,12 @@ class Experiment(Config):
                 raise ValueError(f"the group '{group}' must name targets, each once; not targets: {strange}")
         if self.source in (*self.targets, *self.development):
             raise ValueError(f"the source language '{self.source}' is also a target or development language")
+        return self
+
+    @model_validator(mode="after")
+    def _speed_of_prefixes(self) -> "Experiment":
+        if lost := self.speed.lost_behind_prefixes if self.adapter.family == "prefix" else ():
+            raise ValueError(f"{', '.join(f'speed.{name}' for name in lost)}: not for the structure 'prefix'")
         return self
 
     @model_validator(mode="after")

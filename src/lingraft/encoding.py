@@ -13,14 +13,15 @@ import numpy as np
 import torch
 
 from lingraft.backbones import Backbone
-from lingraft.batching import Counterpart, encoder_inputs
+from lingraft.batching import Counterpart, derived_seed, encoder_inputs
 from lingraft.errors import AdapterError, BackboneError, DataError, UserError
 from lingraft.fusion.attaching import fusing, with_adapter
 from lingraft.fusion.xmixup import Texts
 from lingraft.fusion.xmixup_losses import labelled_loss
 from lingraft.heads import Head, HeadKind, head_of
-from lingraft.losses import Drawn, Objective, summed_cross_entropy
+from lingraft.losses import Drawn, Objective, by_sequence, cross_entropies
 from lingraft.metrics import Generated, Prediction
+from lingraft.rows import Segment
 from lingraft.stacks import Adapters, as_stack
 from lingraft.tasks.items import Example
 
@@ -341,7 +342,21 @@ def _logits(backbone: Backbone, model: Any, rows: Sequence[Row], kind: HeadKind)
 
 def _draw_labelled(backbone: Backbone, chosen: Sequence[LabelledSequence], share: float, seed: int) -> list[Drawn]:
     beside = [sum(len(row.source.ids) for row in s.rows if row.source) for s in chosen]
-    return [Drawn(s, 1, s.length + more) for s, more in zip(chosen, beside, strict=True)]
+    return [
+        Drawn(s, 1, s.length + more, derived_seed("dropout", seed, number))
+        for number, (s, more) in enumerate(zip(chosen, beside, strict=True))
+    ]
+
+
+def _segments(part: Sequence[Drawn], rows: Sequence[Sequence[int]]) -> tuple[Segment, ...]:
+    """Where texts stand, for dropout.
+
+    Args:
+        part: What was drawn.
+        rows: The lengths of the rows of each.
+    """
+    each = [(length, d.seed + number) for d, own in zip(part, rows, strict=True) for number, length in enumerate(own)]
+    return tuple(Segment(row, 0, length, seed) for row, (length, seed) in enumerate(each))
 
 
 def _sides(backbone: Backbone, model: Any, rows: Sequence[Row], kind: HeadKind) -> tuple[Texts, Texts]:
@@ -366,12 +381,14 @@ def _losses(logits: torch.Tensor, chosen: Sequence[LabelledSequence]) -> torch.T
 
 
 def _summed_labelled(backbone: Backbone, model: Any, part: Sequence[Drawn]) -> torch.Tensor:
-    """The loss summed over items."""
+    """The loss of every item; with X-Mixup their sum."""
     chosen: list[LabelledSequence] = [d.item for d in part]
     kind, rows = chosen[0].head.kind, [row for s in chosen for row in s.rows]
     mixup = backbone.mixup
-    if mixup is None or all(row.source is None for row in rows):
-        return _losses(_logits(backbone, model, rows, kind), chosen).sum()
+    alone = mixup is None or all(row.source is None for row in rows)
+    backbone.rows.segments = _segments(part, [[len(r.ids) for r in s.rows] for s in chosen]) if alone else ()
+    if mixup is None or alone:
+        return _losses(_logits(backbone, model, rows, kind), chosen)
     source, target = mixup.both(model, *_sides(backbone, model, rows, kind))
     counts = [len(s.rows) for s in chosen]
     return labelled_loss(mixup.config, source, target, lambda logits: _losses(logits, chosen), kind, counts)
@@ -419,12 +436,15 @@ def mask(backbone: Backbone, ids: Sequence[int], seed: int, number: int) -> _Mas
 
 def _draw_masked(backbone: Backbone, chosen: Sequence[MaskedSequence], share: float, seed: int) -> list[Drawn]:
     drawn = [mask(backbone, s.ids, seed, number) for number, s in enumerate(chosen)]
-    return [Drawn(d, len(d.positions), len(d.ids)) for d in drawn]
+    return [
+        Drawn(d, len(d.positions), len(d.ids), derived_seed("dropout", seed, number)) for number, d in enumerate(drawn)
+    ]
 
 
 def _summed_masked(backbone: Backbone, model: Any, part: Sequence[Drawn]) -> torch.Tensor:
-    """Cross-entropy summed over the masked positions, which alone go through the vocabulary."""
+    """Cross-entropy summed over every text's masked positions, which alone go through the vocabulary."""
     drawn: list[_Masked] = [d.item for d in part]
+    backbone.rows.segments = _segments(part, [[len(d.ids)] for d in drawn])
     given = forward(backbone, [Row(d.ids, (0,) * len(d.ids)) for d in drawn])
     transform, weight, bias = backbone.masked_head()
     rows = np.repeat(np.arange(len(drawn)), [len(d.positions) for d in drawn])
@@ -433,7 +453,7 @@ def _summed_masked(backbone: Backbone, model: Any, part: Sequence[Drawn]) -> tor
     with backbone.autocast():
         states = model.base_model(**given).last_hidden_state
         here = transform(states[torch.from_numpy(rows).to(states.device), torch.from_numpy(columns).to(states.device)])
-    return summed_cross_entropy(here, weight, labels, None, bias)
+    return by_sequence(cross_entropies(here, weight, labels, None, bias), [len(d.positions) for d in drawn])
 
 
 MASKED = Objective(_draw_masked, _summed_masked)

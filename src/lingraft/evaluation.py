@@ -1,16 +1,23 @@
 """Evaluation: what does a model, with or without an adapter, say to items? By label likelihood, or by what it writes."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lingraft import encoding, generation, likelihood, transduction
-from lingraft.backbones import Backbone
+from lingraft.adapter import Adapter
+from lingraft.backbones import Backbone, environment
+from lingraft.digests import digest_value
+from lingraft.divergence import Divergence
 from lingraft.errors import DataError, UserError
 from lingraft.fusion.attaching import with_adapter
+from lingraft.journal import Journal
+from lingraft.live import grafted, is_line
+from lingraft.merging import Graft
 from lingraft.metrics import Generated, Prediction
 from lingraft.predictions import score, write_evaluation
 from lingraft.stacks import Adapters, load_stack
@@ -43,6 +50,61 @@ class Asking:
     new_tokens: int = 16
     stop: tuple[str, ...] = ("\n",)
     batch_tokens: int | None = None
+
+
+class Questions:
+    """Items and how they are asked of a base model, for several evaluations: what is read of them is made once, when needed.
+
+    Args:
+        backbone: The base model; its tokenizer is what counts.
+        examples: The items.
+        asking: How they are asked.
+
+    Raises:
+        DataError: There is no example.
+    """
+
+    def __init__(self, backbone: Backbone, examples: Sequence[Example], asking: Asking | None = None) -> None:
+        if not examples:
+            raise DataError("there is nothing to evaluate")
+        self.backbone, self.examples, self.asking = backbone, examples, asking or Asking()
+
+    @property
+    def choice(self) -> bool:
+        """Whether the items have candidates."""
+        return bool(self.examples[0].candidates)
+
+    @cached_property
+    def labels(self) -> list[list[likelihood.Query]]:
+        """What a decoder reads to score candidates."""
+        return likelihood.label_queries(self.backbone, self.examples, self.asking.scoring, self.asking.max_length)
+
+    @cached_property
+    def gold(self) -> list[list[likelihood.Query]]:
+        """What a decoder reads to score right answers."""
+        return likelihood.gold_queries(self.backbone, self.examples, self.asking.max_length)
+
+    @cached_property
+    def prompts(self) -> list[generation.Prompt]:
+        """What a decoder reads before it writes."""
+        asking = self.asking
+        return generation.prompts_of(
+            self.backbone, self.examples, new_tokens=asking.new_tokens, max_length=asking.max_length
+        )
+
+    def journal(self, path: Path, adapter: str) -> Journal:
+        """A journal that an evaluation which was killed goes on from, given the same items, model and environment again.
+
+        Args:
+            path: Its file.
+            adapter: A digest of what is on the model.
+        """
+        return Journal(path, digest_value([self._digest, adapter, environment(self.backbone)]))
+
+    @cached_property
+    def _digest(self) -> str:
+        asked = [asdict(example) for example in self.examples]
+        return digest_value([self.backbone.digest, asdict(self.asking), asked])
 
 
 def predict(
@@ -84,18 +146,21 @@ def predict(
 def ask(
     backbone: Backbone,
     adapter: Adapters,
-    examples: Sequence[Example],
+    examples: Sequence[Example] | Questions,
     asking: Asking | None = None,
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> list[Prediction] | list[Generated]:
     """What a model says to items.
 
     Args:
         backbone: The base model.
         adapter: The adapter to put on it, a stack of them, the lowest first, or None.
-        examples: The items.
+        examples: The items, or `Questions` of them, which are asked as they say.
         asking: How they are asked.
         progress: Called with the items or rows done and their number in all.
+        journal: Where finished batches are written as they come; what it holds is not computed again. See `Questions.journal`.
+            Encoders, which are fast, take none.
 
     Returns:
         In the order of the examples: `Prediction` where candidates were scored, else `Generated`. For free text the likelihood of
@@ -105,28 +170,71 @@ def ask(
         UserError: What is asked for cannot tell the candidates apart.
         DataError: There is no example, or one is too long for the model even without its context.
     """
-    asking = asking or Asking()
-    if not examples:
-        raise DataError("there is nothing to evaluate")
-    choice = bool(examples[0].candidates)
+    questions = examples if isinstance(examples, Questions) else Questions(backbone, examples, asking)
+    examples, asking, choice = questions.examples, questions.asking, questions.choice
     length, tokens = asking.max_length, asking.batch_tokens or _READ
     if backbone.kind == "encoder":
         answers = encoding.predict_choice if choice else encoding.predict_span
         return answers(backbone, adapter, examples, max_length=length, batch_tokens=tokens, progress=progress)
     if backbone.kind == "encoder-decoder":
-        return _transduced(backbone, adapter, examples, asking, choice, progress)
+        return _transduced(backbone, adapter, examples, asking, choice, progress, journal)
     with with_adapter(backbone, adapter), torch.inference_mode():
         if choice and asking.scoring not in ("generation", "gold"):
             return likelihood.label_likelihoods(
                 backbone,
                 examples,
-                scoring=asking.scoring,
+                questions.labels,
                 normalised=asking.normalised,
-                max_length=asking.max_length,
                 batch_tokens=tokens,
                 progress=progress,
+                journal=journal,
             )
-        return _generated(backbone, examples, asking, choice, progress)
+        return _generated(questions, progress, journal)
+
+
+def grid(
+    backbone: Backbone,
+    task: Adapter,
+    divergence: Divergence,
+    graft: Graft,
+    weights: Sequence[float],
+    examples: Sequence[Example] | Questions,
+    asking: Asking | None = None,
+    progress: Progress | None = None,
+) -> Generator[tuple[float, list[Prediction] | list[Generated]], None, None]:
+    """What a merge says to items at every weight λ, on one loaded model.
+
+    Where the merge is a line in λ, it is put on the model once and its weight changed in place.
+
+    Args:
+        backbone: The base model; it carries the merge from the first value that is taken to the last.
+        task: The task's adapter.
+        divergence: The two references.
+        graft: How they are merged; its own weight is not looked at.
+        weights: The weights, in the order in which they are wanted.
+        examples: As for `ask`.
+        asking: As for `ask`.
+        progress: As for `ask`, for every weight from the beginning.
+
+    Yields:
+        A weight, and what `ask` gives for it.
+
+    Raises:
+        AdapterError: The adapters do not fit together, or not on this base.
+        DataError: As `ask`.
+        UserError: As `ask`.
+    """
+    questions = examples if isinstance(examples, Questions) else Questions(backbone, examples, asking)
+    if not is_line(graft, task):
+        for weight in weights:
+            yield weight, ask(backbone, replace(graft, weight=weight).onto(task, divergence), questions, None, progress)
+        return
+    if not weights:
+        return
+    with grafted(backbone, task, divergence, replace(graft, weight=weights[0])) as live:
+        for weight in weights:
+            live.set_weight(weight)
+            yield weight, ask(backbone, None, questions, None, progress)
 
 
 def _transduced(
@@ -136,6 +244,7 @@ def _transduced(
     asking: Asking,
     choice: bool,
     progress: Progress | None,
+    journal: Journal | None,
 ) -> list[Prediction] | list[Generated]:
     length, tokens = asking.max_length, asking.batch_tokens or _READ
     if choice and asking.scoring not in ("generation", "gold"):
@@ -147,6 +256,7 @@ def _transduced(
             max_input=length,
             batch_tokens=tokens,
             progress=progress,
+            journal=journal,
         )
     return transduction.generate(
         backbone,
@@ -157,44 +267,39 @@ def _transduced(
         batch_tokens=tokens,
         write=asking.scoring != "gold",
         progress=progress,
+        journal=journal,
     )
 
 
-def _generated(
-    backbone: Backbone, examples: Sequence[Example], asking: Asking, choice: bool, progress: Progress | None
-) -> list[Generated]:
-    length, tokens = asking.max_length, asking.batch_tokens or _READ
+def _generated(questions: Questions, progress: Progress | None, journal: Journal | None) -> list[Generated]:
+    backbone, asking, examples = questions.backbone, questions.asking, questions.examples
+    written = asking.scoring != "gold"
     gold: list[tuple[float, bool]] | None = None
-    if not choice or asking.scoring == "gold":
+    if not questions.choice or not written:
         # An answer in other words than the prompt's labels has no likelihood: a choice task that is written has none.
         gold = likelihood.gold_likelihoods(
             backbone,
-            examples,
-            max_length=length,
-            batch_tokens=tokens,
-            progress=progress if asking.scoring == "gold" else None,
+            questions.gold,
+            batch_tokens=asking.batch_tokens or _READ,
+            progress=None if written else progress,
+            journal=journal,
         )
-    texts: Sequence[tuple[str | None, bool]] = [(None, False)] * len(examples)
-    if asking.scoring != "gold":
+    texts: Sequence[str | None] = [None] * len(examples)
+    truncated = [False] * len(examples) if gold is None else [cut for _, cut in gold]
+    if written:
         texts = generation.written(
             backbone,
-            examples,
+            questions.prompts,
             new_tokens=asking.new_tokens,
             stop=asking.stop,
-            max_length=length,
             batch_tokens=asking.batch_tokens,
             progress=progress,
+            journal=journal,
         )
+        truncated = [cut or prompt.truncated for cut, prompt in zip(truncated, questions.prompts, strict=True)]
     return [
-        Generated(
-            e.id,
-            e.prompt,
-            text,
-            right(e),
-            None if gold is None else gold[n][0],
-            truncated or (gold is not None and gold[n][1]),
-        )
-        for n, (e, (text, truncated)) in enumerate(zip(examples, texts, strict=True))
+        Generated(e.id, e.prompt, text, right(e), None if gold is None else gold[n][0], cut)
+        for n, (e, text, cut) in enumerate(zip(examples, texts, truncated, strict=True))
     ]
 
 

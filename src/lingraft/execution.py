@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -14,7 +15,8 @@ from lingraft.adapter import Adapter
 from lingraft.answers.scoring import Rule, score_generated
 from lingraft.config import AdapterConfig, Experiment, FusionConfig, MixupConfig, ProjectionConfig, TrainingConfig
 from lingraft.digests import digest_value
-from lingraft.errors import DataError, writing
+from lingraft.errors import AdapterError, DataError, LingraftError, writing
+from lingraft.journal import JOURNAL
 from lingraft.languages import name_of
 from lingraft.layouts.common import read_sidecar
 from lingraft.locating import Located
@@ -33,6 +35,7 @@ from lingraft.predictions import (
     write_predictions,
     write_scored,
 )
+from lingraft.serving import TOGETHER
 from lingraft.stacks import load_stack, parts_of, stack_digest, write_note
 from lingraft.store import Store, read_json, write_json
 from lingraft.tasks.items import Example, sampled, subset
@@ -46,8 +49,12 @@ from lingraft.tasks.translating import canonical_rows, rendered, translated_rows
 
 if TYPE_CHECKING:
     from lingraft.backbones import Backbone
+    from lingraft.divergence import Divergence
+    from lingraft.evaluation import Asking, Questions
     from lingraft.fusion.stages import SecondStage
     from lingraft.heads import Head
+    from lingraft.live import LiveGraft
+    from lingraft.training import Job
 
 SELECTED = "selected.json"
 SIMILARITY = "similarity.json"
@@ -63,16 +70,34 @@ def _silent(done: int, total: int, note: str) -> None:
 
 @dataclass
 class Session:
-    """What the steps of one run share: the experiment, the store, and the base model, loaded once when first needed."""
+    """What the steps of one run share: the experiment, the store, and the base model, loaded once when first needed.
+
+    A merge whose weight can be changed in place stays on the model from one step to the next, until anything else asks for the
+    model. So do the items that were asked last, and what was tokenised of them.
+    """
 
     experiment: Experiment
     located: Located
     store: Store
     progress: Progress = field(default=_silent)
+    _held: ExitStack = field(default_factory=ExitStack, repr=False)
+    _merge: "tuple[str, LiveGraft] | None" = field(default=None, repr=False)
+    _items: "tuple[str, list[Example]] | None" = field(default=None, repr=False)
+    _questions: "Questions | None" = field(default=None, repr=False)
+
+    @property
+    def backbone(self) -> "Backbone":
+        """The loaded base model, with nothing on it."""
+        self.release()
+        return self._loaded
+
+    def release(self) -> None:
+        """Takes a merge that is still on the base model off it."""
+        self._merge = None
+        self._held.close()
 
     @cached_property
-    def backbone(self) -> "Backbone":
-        """The loaded base model."""
+    def _loaded(self) -> "Backbone":
         from lingraft.backbones import Backbone
         from lingraft.differences import trainable_weights
         from lingraft.lottery import check_entries
@@ -100,6 +125,40 @@ class Session:
     def data_dir(self) -> Path | None:
         """The data folder, or None for the hub."""
         return bundled_or(self.experiment.data_dir)
+
+    def merged_on(self, step: Step) -> "Backbone | None":
+        """The base model with the merge on it that a step asks of, its weight set in place; None: it has to be merged anew.
+
+        Raises:
+            AdapterError: The weight is none that the merge can have.
+        """
+        from lingraft.live import grafted, is_line
+
+        graft = step.config["graft"]
+        if graft is None or "beneath" in graft or {"beneath", "adapter"} & set(step.inputs):
+            return None
+        inputs = {role: step.inputs[role].key for role in ("task", "target_ref", "source_ref")}
+        key = digest_value([inputs, {k: v for k, v in graft.items() if k != "weight"}])
+        if self._merge is None or self._merge[0] != key:
+            backbone, (merge, task, divergence, _) = self.backbone, _parts(step.inputs, graft, graft["weight"], self)
+            if not is_line(merge, task):
+                return None
+            try:
+                self._merge = (key, self._held.enter_context(grafted(backbone, task, divergence, merge)))
+            except AdapterError:  # No line after all; where the adapters do not fit, merging says so.
+                return None
+        self._merge[1].set_weight(graft["weight"])
+        return self._loaded
+
+    def questions(self, step: Step, asking: "Asking") -> "Questions":
+        """The items of a step and what is tokenised of them; those of the step before, where they are the same."""
+        from lingraft.evaluation import Questions
+
+        examples = self.asked(step, step.config["limit"])
+        last = self._questions
+        if last is None or last.examples is not examples or last.asking != asking:
+            last = self._questions = Questions(self._loaded, examples, asking)
+        return last
 
     def folder(self, step: Step) -> Path:
         """Where a finished step's files are."""
@@ -131,11 +190,19 @@ class Session:
 
     def asked(self, step: Step, limit: int | None) -> list[Example]:
         """The items that a step's configuration names, with what is read beside them of their counterparts."""
+        names = ("task", "prompt", "language", "split", "counterpart", "second", "places")
+        made = {role: step.inputs[role].key for role in ("items", "counterparts") if role in step.inputs}
+        key = digest_value([{n: step.config[n] for n in names if n in step.config}, made, dict(step.reads), limit])
+        if self._items is None or self._items[0] != key:
+            self._items = key, self._asked(step, limit)
+        return self._items[1]
+
+    def _asked(self, step: Step, limit: int | None) -> list[Example]:
         language = step.config["language"]
         if "counterpart" not in step.config:
-            return self._items(step, "items", language, limit)
+            return self._items_of(step, "items", language, limit)
         # What a step has translated are the items that are needed, and no others.
-        items = self._items(step, "items", language, limit if "counterparts" in step.inputs else None)
+        items = self._items_of(step, "items", language, limit if "counterparts" in step.inputs else None)
         return subset(self._beside(step, items), limit)
 
     def skipped(self, step: Step) -> int:
@@ -143,14 +210,14 @@ class Session:
         if step.config.get("counterpart", {}).get("missing") != "skip":
             return 0
         limit = step.config.get("limit") if "counterparts" in step.inputs else None
-        items = self._items(step, "items", step.config["language"], limit)
+        items = self._items_of(step, "items", step.config["language"], limit)
         return len(items) - len(self._beside(step, items))
 
     def _beside(self, step: Step, items: list[Example]) -> list[Example]:
         asked = step.config["counterpart"]
         if "language" not in asked:
             return [replace(item, source=item.asked) for item in items]
-        others = self._items(step, "counterparts", asked["language"], None)
+        others = self._items_of(step, "counterparts", asked["language"], None)
         made = bool({"items", "counterparts"} & set(step.inputs))
         if made:  # A translation may have lost an answer, or be of a sample; that is counted there.
             known = {item.id for item in items}
@@ -172,7 +239,7 @@ class Session:
             return [replace(by_id[item.id], gold=item.gold) for item in found]
         return found
 
-    def _items(self, step: Step, role: str, language: str, limit: int | None) -> list[Example]:
+    def _items_of(self, step: Step, role: str, language: str, limit: int | None) -> list[Example]:
         """Items of a language: the task's own, or translated by a step or in a file."""
         config = step.config
         task, prompt = self.task(config["task"]["task"]), config.get("prompt", "default")
@@ -283,34 +350,146 @@ def _check_states(steps: Sequence[Step], session: Session) -> None:
 def execute(step: Step, session: Session, work: Path) -> None:
     """Makes a step in its working folder; figures go to `extra.json`, which the store puts into the record."""
     began = time.monotonic()
-    extra = _EXECUTORS[step.kind](step, session, work)
+    try:
+        extra = _EXECUTORS[step.kind](step, session, work)
+    except BaseException:
+        session.release()
+        raise
+    _record(step, work, began, extra)
+
+
+def _record(step: Step, work: Path, began: float, extra: Mapping[str, Any]) -> None:
+    """Writes what the store is to put into the record."""
     seconds = round(time.monotonic() - began, 3)
     write_json(work / "extra.json", {"label": step.label, "lingraft": __version__, "wall_seconds": seconds, **extra})
 
 
-def _train(step: Step, session: Session, work: Path) -> dict[str, Any]:
+def shape_of(step: Step) -> str | None:
+    """What trainings have in common that may share passes through the model; None: it is trained alone, or is no training."""
+    config = step.config
+    if step.kind != "train" or config.get("initial") or {"second", "beneath"} & {*config, *step.inputs}:
+        return None
+    adapter = AdapterConfig(**config["adapter"])
+    if adapter.invertible or adapter.family not in TOGETHER:
+        return None
+    return digest_value([config["adapter"], config.get("head"), "reference" in config])
+
+
+def execute_together(steps: Sequence[Step], session: Session, works: Sequence[Path]) -> list[LingraftError | None]:
+    """Makes trainings of one shape in their working folders, together where the model allows it.
+
+    Args:
+        steps: The trainings, of one `shape_of`.
+        session: What they share.
+        works: Their working folders.
+
+    Returns:
+        For each why it failed, or None.
+    """
     from lingraft import training
+
+    began = time.monotonic()
+    failed: list[LingraftError | None] = [None] * len(steps)
+    jobs: dict[int, tuple[training.Job, dict[str, Any]]] = {}
+    progress = _summed(session)
+    for number, (step, work) in enumerate(zip(steps, works, strict=True)):
+        try:
+            jobs[number] = _job(step, session, work, progress(number))
+        except LingraftError as error:
+            failed[number] = error
+    alone: list[int] = []
+    for group in _fitting({n: job for n, (job, _) in jobs.items()}, session):
+        if len(group) == 1:
+            alone += group
+            continue
+        some = [jobs[n][0] for n in group]
+        try:
+            outcomes = training.train_together(session.backbone, some, trackers=session.experiment.trackers)
+        except AdapterError:  # The model mixes the rows of its batch, as experts do.
+            alone += group
+            continue
+        for n, outcome in zip(group, outcomes, strict=True):
+            if isinstance(outcome, LingraftError):
+                failed[n] = outcome
+            else:
+                environment = {**outcome["environment"], "together": len(group)}
+                _record(steps[n], works[n], began, {**outcome, "environment": environment, **jobs[n][1]})
+    for n in alone:
+        try:
+            execute(steps[n], session, works[n])
+        except LingraftError as error:
+            failed[n] = error
+    return failed
+
+
+def _fitting(jobs: "Mapping[int, Job]", session: Session) -> list[list[int]]:
+    """Trainings that may share passes through the model, by their numbers."""
+    from lingraft.training import why_apart
+
+    groups: list[list[int]] = []
+    for number, job in jobs.items():
+        found = [g for g in groups if why_apart(session.backbone, jobs[g[0]], job) is None]
+        if found:
+            found[0].append(number)
+        else:
+            groups.append([number])
+    return groups
+
+
+def _summed(session: Session) -> Callable[[int], Callable[[int, int, float], None]]:
+    """The progress of several trainings as that of one."""
+    known: dict[int, tuple[int, int, float]] = {}
+
+    def of(number: int) -> Callable[[int, int, float], None]:
+        def progress(done: int, total: int, loss: float) -> None:
+            known[number] = done, total, loss
+            dones, totals, losses = zip(*known.values(), strict=True)
+            note = f"loss {sum(losses) / len(losses):.3f}, {len(losses)} together"
+            session.progress(sum(dones), sum(totals), note)
+
+        return progress
+
+    return of
+
+
+def _job(
+    step: Step, session: Session, work: Path, progress: Callable[[int, int, float], None]
+) -> "tuple[Job, dict[str, Any]]":
+    """A training, and what its record says of its data."""
+    from lingraft.training import Job
 
     config = step.config
     values = TrainingConfig(**config["training"])
     sequences, what = _sequences(step, session, values)
     start = step.inputs.get("start_from")
-    second = _second(step, session)
-    return training.train(
-        session.backbone,
+    job = Job(
         sequences,
         work,
-        adapter=AdapterConfig(**config["adapter"]),
-        training=values,
-        seed=config["seed"],
-        start_from=None if start is None else session.folder(start),
-        second=second,
-        beneath=_beneath(step, session),
-        provenance={"language": config["language"], **what, "training": values.key(), "step": step.key},
-        trackers=session.experiment.trackers,
-        progress=lambda done, total, loss: session.progress(done, total, f"loss {loss:.3f}"),
-        head=_head(config),
-    ) | {k: what[k] for k in ("truncated", "left_out", "without_counterpart") if what.get(k)}
+        AdapterConfig(**config["adapter"]),
+        values,
+        _head(config),
+        config["seed"],
+        None if start is None else session.folder(start),
+        {"language": config["language"], **what, "training": values.key(), "step": step.key},
+        progress,
+    )
+    return job, {k: what[k] for k in ("truncated", "left_out", "without_counterpart") if what.get(k)}
+
+
+def _train(step: Step, session: Session, work: Path) -> dict[str, Any]:
+    from lingraft import training
+
+    job, counts = _job(step, session, work, lambda done, total, loss: session.progress(done, total, f"loss {loss:.3f}"))
+    return (
+        training.train_one(
+            session.backbone,
+            job,
+            second=_second(step, session),
+            beneath=_beneath(step, session),
+            trackers=session.experiment.trackers,
+        )
+        | counts
+    )
 
 
 def _beneath(step: Step, session: Session) -> tuple[Adapter, ...]:
@@ -375,15 +554,22 @@ def _sequences(step: Step, session: Session, values: TrainingConfig) -> tuple[li
     return sequences, what | counts
 
 
+def _parts(
+    inputs: Mapping[str, Step], config: Mapping[str, Any], weight: float, session: Session
+) -> "tuple[Graft, Adapter, Divergence, dict[str, str]]":
+    """How a graft is merged and what from: the task's adapter, the references' difference, and everything's digests."""
+    folders = {role: session.folder(inputs[role]) for role in ("task", "target_ref", "source_ref")}
+    divergence, _ = divergence_of(folders["target_ref"], folders["source_ref"])
+    options = {k: config[k] for k in ("space", "modules", "out_rank")}
+    graft = Graft(weight, method=config.get("rule", "transfer"), **options)
+    names = {role: content_digest(folder) for role, folder in folders.items()}
+    return graft, Adapter.load(folders["task"]), divergence, names
+
+
 def _grafted(
     inputs: Mapping[str, Step], config: Mapping[str, Any], weight: float, session: Session
 ) -> tuple[Adapter, dict[str, Any]]:
-    target, source = session.folder(inputs["target_ref"]), session.folder(inputs["source_ref"])
-    divergence, _ = divergence_of(target, source)
-    folders = {"task": session.folder(inputs["task"]), "target_ref": target, "source_ref": source}
-    names = {role: content_digest(folder) for role, folder in folders.items()}
-    options = {k: config[k] for k in ("space", "modules", "out_rank")}
-    graft, task = Graft(weight, method=config.get("rule", "transfer"), **options), Adapter.load(folders["task"])
+    graft, task, divergence, names = _parts(inputs, config, weight, session)
     return graft.onto(task, divergence), graft.provenance(task, names)
 
 
@@ -473,16 +659,19 @@ def _adapters_of(step: Step, session: Session) -> tuple[Adapter, ...]:
     return (*beneath.values(), Adapter.load(session.folder(step.inputs["adapter"])))
 
 
+def _on(step: Step, session: Session) -> "tuple[Backbone, tuple[Adapter, ...]]":
+    """The base model, and what is still to be put on it: nothing where a merge is on it already."""
+    backbone = session.merged_on(step)
+    return (session.backbone, _adapters_of(step, session)) if backbone is None else (backbone, ())
+
+
 def _predict(step: Step, session: Session, work: Path) -> dict[str, Any]:
     from lingraft.backbones import environment
     from lingraft.evaluation import Asking, ask
 
     config = step.config
-    adapters = _adapters_of(step, session)
-    examples = session.asked(step, config["limit"])
+    backbone, adapters = _on(step, session)
     skipped = session.skipped(step)
-    backbone = session.backbone
-    began = time.monotonic()
     asking = Asking(
         scoring=config["scoring"],
         normalised=config.get("normalised", False),
@@ -490,11 +679,15 @@ def _predict(step: Step, session: Session, work: Path) -> dict[str, Any]:
         new_tokens=config.get("new_tokens", 0),
         stop=tuple(config.get("stop", ())),
     )
-    said = ask(backbone, adapters, examples, asking, lambda done, total: session.progress(done, total, ""))
+    questions = session.questions(step, asking)
+    began = time.monotonic()
+    journal = questions.journal(work / JOURNAL, step.key)
+    said = ask(backbone, adapters, questions, None, lambda done, total: session.progress(done, total, ""), journal)
     if isinstance(said[0], Generated):
         write_generated(work, said)  # pyright: ignore[reportArgumentType]
     else:
         write_predictions(work, said, [label for label, _ in config["task"]["answers"]])  # pyright: ignore[reportArgumentType]
+    journal.close()
     return {
         "items": len(said),
         "truncated": sum(item.truncated for item in said),
@@ -508,9 +701,10 @@ def _read(step: Step, session: Session, work: Path) -> dict[str, Any]:
     from lingraft.backbones import environment
     from lingraft.evaluation import text_log_likelihood
 
-    config, backbone = step.config, session.backbone
+    config = step.config
+    backbone, adapters = _on(step, session)
     texts = [e.prompt for e in session.asked(step, config["limit"])]
-    value, tokens = text_log_likelihood(backbone, _adapters_of(step, session), texts, max_length=config["max_length"])
+    value, tokens = text_log_likelihood(backbone, adapters, texts, max_length=config["max_length"])
     write_json(work / READING, {"log_likelihood": value, "tokens": tokens})
     return {"environment": environment(backbone)}
 

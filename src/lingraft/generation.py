@@ -1,22 +1,47 @@
-"""Generation by a decoder: what does the model write after the prompt, taking the likeliest token each time?"""
+"""Generation by a decoder: what does the model write after the prompt, taking the likeliest token each time?
 
-from collections.abc import Callable, Iterator, Sequence
+A text that has ended leaves its batch, so the others' steps are smaller: what transformers' own `generate` computes until the
+last text ends.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from lingraft import caching
 from lingraft.backbones import Backbone
 from lingraft.batching import Counterpart, counterpart, cut
 from lingraft.errors import UserError
 from lingraft.fusion.attaching import fusing
+from lingraft.journal import Journal
 from lingraft.prefixes import attention_shape
 from lingraft.tasks.items import Example
 
 Progress = Callable[[int, int], None]
 _TAIL = 24
 """Tokens of the end of a text that are looked at for a stop string: more than any stop string is long."""
+_LEFT = 0.8
+"""Texts that have ended leave their batch when no more than this share of it goes on: their keys are copied for that."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is read before a text is written.
+
+    Attributes:
+        ids: Token ids, the beginning of text among them.
+        truncated: Whether some were cut out.
+        source: What is read beside it of the item's counterpart.
+    """
+
+    ids: tuple[int, ...]
+    truncated: bool
+    source: Counterpart | None = None
 
 
 class _Stop(StoppingCriteria):
@@ -28,8 +53,13 @@ class _Stop(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         written = input_ids[:, max(self.start, input_ids.shape[1] - _TAIL) :]
         texts = self.backbone.tokenizer.batch_decode(written, skip_special_tokens=True)
-        ended = [any(s in text.lstrip() for s in self.strings) for text in texts]
-        return torch.tensor(ended, device=input_ids.device)
+        return torch.tensor([_stops(text, self.strings) for text in texts], device=input_ids.device)
+
+
+def _stops(text: str, strings: Sequence[str]) -> bool:
+    """Whether a text has come to one of some strings; white space before the text itself is none."""
+    text = text.lstrip()
+    return any(s in text for s in strings)
 
 
 def ended(text: str, stop: Sequence[str]) -> str:
@@ -39,60 +69,72 @@ def ended(text: str, stop: Sequence[str]) -> str:
     return text[: min(places)] if places else text
 
 
-def written(
-    backbone: Backbone,
-    examples: Sequence[Example],
-    *,
-    new_tokens: int,
-    stop: Sequence[str],
-    max_length: int,
-    batch_tokens: int | None = None,
-    progress: Progress | None = None,
-) -> list[tuple[str, bool]]:
-    """What the model, with an adapter on it or without, writes after every prompt: greedy decoding.
+def prompts_of(backbone: Backbone, examples: Sequence[Example], *, new_tokens: int, max_length: int) -> list[Prompt]:
+    """What is read of every item, for `written`.
 
     Args:
         backbone: The base model.
         examples: The items.
-        new_tokens: At most so many tokens are written.
-        stop: Strings at which a text ends; they are not part of it.
+        new_tokens: At most so many tokens will be written.
         max_length: Tokens of a prompt; a longer one loses some of its context, or its beginning. What is written comes on top, as
             far as the model has positions.
-        batch_tokens: Padded tokens of prompts and texts in a batch; changes speed only. None: as many as keep the keys and values
-            within 4 GiB.
-        progress: Called with the items done and the items in all.
-
-    Returns:
-        For every item the text, and whether its prompt was cut.
 
     Raises:
         UserError: The model has no positions left for a prompt.
         DataError: A prompt is too long even without its context.
     """
+    prefix = backbone.prefix
     room = max_length if backbone.longest is None else min(max_length, backbone.longest - new_tokens)
-    if room <= len(backbone.prefix):
+    if room <= len(prefix):
         raise UserError(
             f"no room is left for a prompt: the model has {backbone.longest} positions, and {new_tokens} tokens are to be written",
             remedy="give a smaller evaluation.new_tokens",
         )
-    prompts: list[tuple[int, list[int], bool]] = []
-    sources = [counterpart(backbone, example, room) for example in examples]
-    for number, example in enumerate(examples):
+    found: list[Prompt] = []
+    for example in examples:
         ids = backbone.encode(example.prompt)
-        excess = len(backbone.prefix) + len(ids) - room
+        excess = len(prefix) + len(ids) - room
         kept = cut(backbone, example.prompt, ids, excess, example.cuttables, example.id)
-        prompts.append((number, [*backbone.prefix, *kept], excess > 0))
-    found: list[tuple[str, bool]] = [("", False)] * len(examples)
+        found.append(Prompt((*prefix, *kept), excess > 0, counterpart(backbone, example, room)))
+    return found
+
+
+def written(
+    backbone: Backbone,
+    prompts: Sequence[Prompt],
+    *,
+    new_tokens: int,
+    stop: Sequence[str],
+    batch_tokens: int | None = None,
+    progress: Progress | None = None,
+    journal: Journal | None = None,
+) -> list[str]:
+    """What the model, with an adapter on it or without, writes after every prompt: greedy decoding.
+
+    Args:
+        backbone: The base model.
+        prompts: What it reads.
+        new_tokens: At most so many tokens are written.
+        stop: Strings at which a text ends; they are not part of it.
+        batch_tokens: Padded tokens of prompts and texts in a batch; changes speed only. None: as many as keep the keys and values
+            within 4 GiB.
+        progress: Called with the items done and the items in all.
+        journal: Batches that it knows are not written again.
+    """
+    known: dict[int, str] = {} if journal is None else journal.known("texts")
     finished = 0
     for batch in _batched(prompts, new_tokens, batch_tokens or _affordable(backbone)):
-        rows, beside = [ids for _, ids, _ in batch], [sources[number] for number, _, _ in batch]
-        texts = _continued(backbone, rows, beside, new_tokens, stop)
-        for (number, _, truncated), text in zip(batch, texts, strict=True):
-            found[number] = (ended(text, stop), truncated)
+        if not known.keys() >= set(batch):
+            rows, beside = [prompts[n].ids for n in batch], [prompts[n].source for n in batch]
+            texts = _continued(backbone, rows, beside, new_tokens, stop)
+            made = {number: ended(text, stop) for number, text in zip(batch, texts, strict=True)}
+            known |= made
+            if journal is not None:
+                journal.add("texts", made)
         finished += len(batch)
         if progress is not None:
             progress(finished, len(prompts))
-    return found
+    return [known[number] for number in range(len(prompts))]
 
 
 def _affordable(backbone: Backbone) -> int:
@@ -102,16 +144,15 @@ def _affordable(backbone: Backbone) -> int:
     return max(1, min(32_768, 2**32 // size))
 
 
-def _batched(
-    prompts: Sequence[tuple[int, list[int], bool]], new_tokens: int, batch_tokens: int
-) -> list[list[tuple[int, list[int], bool]]]:
-    """Batches of similar length, the longest first."""
-    result: list[list[tuple[int, list[int], bool]]] = []
-    for prompt in sorted(prompts, key=lambda p: (-len(p[1]), p[0])):
-        if result and (len(result[-1]) + 1) * (len(result[-1][0][1]) + new_tokens) <= batch_tokens:
-            result[-1].append(prompt)
+def _batched(prompts: Sequence[Prompt], new_tokens: int, batch_tokens: int) -> list[list[int]]:
+    """Numbers of prompts, those of similar length together, the longest first."""
+    result: list[list[int]] = []
+    for number in sorted(range(len(prompts)), key=lambda n: (-len(prompts[n].ids), n)):
+        widest = len(prompts[result[-1][0]].ids) if result else 0
+        if result and (len(result[-1]) + 1) * (widest + new_tokens) <= batch_tokens:
+            result[-1].append(number)
         else:
-            result.append([prompt])
+            result.append([number])
     return result
 
 
@@ -132,34 +173,97 @@ def _packed_head(backbone: Backbone) -> Iterator[None]:
 
 def _continued(
     backbone: Backbone,
-    rows: Sequence[list[int]],
+    rows: Sequence[Sequence[int]],
     sources: Sequence[Counterpart | None],
     new_tokens: int,
     stop: Sequence[str],
     cached: bool = True,
 ) -> list[str]:
-    width = len(rows[0])
-    ids = torch.full((len(rows), width), backbone.pad_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):  # on the right, where the text begins
-        ids[number, width - len(row) :] = torch.tensor(row)
-        mask[number, width - len(row) :] = 1
-    criteria = StoppingCriteriaList([_Stop(backbone, width, tuple(stop))] if stop else [])
-    lengths = [len(row) for row in rows]
+    """Texts after prompts, the longest prompt first; `cached`: whether keys are kept, or all is read again for every token."""
+    keeps = cached and "logits_to_keep" in _takes(backbone) and caching.keeps_keys(backbone)
+    with backbone.autocast(), _packed_head(backbone), backbone.greedy(new_tokens) as configuration:
+        if keeps:
+            texts = _stepwise(backbone, rows, new_tokens, stop, configuration.eos_token_id or ())
+            return backbone.tokenizer.batch_decode(texts, skip_special_tokens=True)  # pyright: ignore[reportReturnType]
+        configuration.use_cache = cached
+        return _generated(backbone, rows, sources, new_tokens, stop, configuration)
+
+
+def _takes(backbone: Backbone) -> Mapping[str, Any]:
+    return inspect.signature(backbone.model.forward).parameters
+
+
+def _stepwise(
+    backbone: Backbone, prompts: Sequence[Sequence[int]], new_tokens: int, stop: Sequence[str], ends: Sequence[int]
+) -> list[list[int]]:
+    """The likeliest tokens after prompts, all texts a token at a time; those that have ended leave the batch."""
+    model: Any = backbone.model
+    cache = caching.empty(backbone)
+    feed, mask = caching.padded(backbone, prompts, left=True)
+    texts: list[list[int]] = [[] for _ in prompts]
+    there = list(range(len(prompts)))  # The texts that the rows of the cache belong to.
+    over: set[int] = set()
+    for _ in range(new_tokens):
+        places = caching.positions(mask, feed.shape[1])
+        out = model(
+            input_ids=feed,
+            attention_mask=mask,
+            position_ids=places,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        feed = out.logits[:, -1].float().argmax(dim=-1, keepdim=True)
+        for number, token in zip(there, feed[:, 0].tolist(), strict=True):
+            if number not in over:
+                texts[number].append(token)
+        going = [number for number in there if number not in over]
+        over |= _ended(backbone, {number: texts[number] for number in going}, stop, ends)
+        rows = [row for row, number in enumerate(there) if number not in over]
+        if not rows:
+            break
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        if len(rows) <= _LEFT * len(there):
+            chosen = torch.tensor(rows, device=backbone.device)
+            cache.batch_select_indices(chosen)
+            feed, mask, there = feed[chosen], mask[chosen], [there[row] for row in rows]
+    return texts
+
+
+def _ended(backbone: Backbone, texts: Mapping[int, list[int]], stop: Sequence[str], ends: Sequence[int]) -> set[int]:
+    """Which texts have just come to an end of text, or to a string at which they end."""
+    found = {number for number, tokens in texts.items() if tokens[-1] in ends}
+    others = [number for number in texts if number not in found]
+    if stop and others:
+        tails = backbone.tokenizer.batch_decode([texts[n][-_TAIL:] for n in others], skip_special_tokens=True)
+        found |= {number for number, tail in zip(others, tails, strict=True) if _stops(tail, stop)}
+    return found
+
+
+def _generated(
+    backbone: Backbone,
+    rows: Sequence[Sequence[int]],
+    sources: Sequence[Counterpart | None],
+    new_tokens: int,
+    stop: Sequence[str],
+    configuration: Any,
+) -> list[str]:
+    """Texts by transformers' own generation: where counterparts are mixed in, or a model keeps its keys in a way of its own."""
+    ids, mask = caching.padded(backbone, rows, left=True)
+    width, lengths = ids.shape[1], [len(row) for row in rows]
     beside = fusing(
         backbone,
         sources,
         lengths,
         starts=[width - length for length in lengths],
         written=[new_tokens] * len(rows),
-        cached=cached,
+        cached=configuration.use_cache,
     )
-    with backbone.autocast(), _packed_head(backbone), backbone.greedy(new_tokens) as configuration, beside:
-        configuration.use_cache = cached
+    with beside:
         out = backbone.model.generate(  # pyright: ignore[reportCallIssue]
-            input_ids=ids.to(backbone.device),
-            attention_mask=mask.to(backbone.device),
+            input_ids=ids,
+            attention_mask=mask,
             generation_config=configuration,
-            stopping_criteria=criteria,
+            stopping_criteria=StoppingCriteriaList([_Stop(backbone, width, tuple(stop))] if stop else []),
         )
-    return backbone.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    return backbone.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)  # pyright: ignore[reportIndexIssue, reportArgumentType, reportReturnType]

@@ -96,6 +96,11 @@ class LiveGraft:
         self.weight = weight
 
 
+def is_line(graft: Graft, task: Adapter) -> bool:
+    """Whether a merge's weight can be changed in place on a model."""
+    return graft.out_rank is None and graft.space != "literal" and task.structure != "sparse"
+
+
 def line(graft: Graft, task: Adapter, divergence: Divergence) -> tuple[Arrays, Arrays]:
     """Start and slope of a merge as a function of λ, by PEFT's names, in float32.
 

@@ -35,7 +35,8 @@ class Objective:
 
     Attributes:
         draw: From the backbone, a batch, the share of positions that take a loss, and a seed, what is drawn for every sequence.
-        summed: From the backbone, the model with its adapter and some of what was drawn, the loss summed over its terms.
+        summed: From the backbone, the model with its adapter and some of what was drawn, the loss summed over the terms: of every
+            sequence its own, in a row, or one scalar where they cannot be told apart.
     """
 
     draw: Callable[[Any, Sequence[Any], float, int], list[Drawn]]
@@ -62,7 +63,7 @@ CHUNK = 256
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of positions against labels; the output embedding is frozen and gets no gradient."""
+    """Cross-entropy of every position against its label; the output embedding is frozen and gets no gradient."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -73,7 +74,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=states.device)
+        losses = torch.empty(len(states), dtype=torch.float32, device=states.device)
         gradient = torch.empty_like(states)
         # Buffers are made once and written over: fresh memory for every chunk costs more than the arithmetic on it.
         held = torch.empty(min(CHUNK, len(states)), len(weight), dtype=weight.dtype, device=states.device)
@@ -87,21 +88,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for first in range(0, len(part), rows):
                 here = logits[first : first + rows]
                 gold = labels[start + first : start + first + len(here), None]
-                total += _loss_and_slope(here, gold, softcap, block[: len(here)])
+                losses[start + first : start + first + len(here)] = _loss_and_slope(
+                    here, gold, softcap, block[: len(here)]
+                )
             gradient[start : start + CHUNK] = logits @ weight
         ctx.save_for_backward(gradient)
-        return total
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0].to(gradient.dtype), None, None, None, None
+        return gradient * upstream[0].to(gradient.dtype)[:, None], None, None, None, None
 
 
 def _loss_and_slope(
     logits: torch.Tensor, gold: torch.Tensor, softcap: float | None, work: torch.Tensor
 ) -> torch.Tensor:
-    """The summed loss of a few rows; the rows are overwritten by the loss's slope, softmax − one-hot."""
+    """The loss of each of a few rows; the rows are overwritten by the loss's slope, softmax − one-hot."""
     work.copy_(logits)
     if softcap is not None:
         work.div_(softcap).tanh_()
@@ -114,7 +117,7 @@ def _loss_and_slope(
     if softcap is not None:
         work.mul_(slope)
     logits.copy_(work)
-    return (norm.log() + top - right).sum()
+    return (norm.log() + top - right)[:, 0]
 
 
 def summed_cross_entropy(
@@ -136,4 +139,25 @@ def summed_cross_entropy(
     Returns:
         A scalar that can be differentiated with respect to `states`.
     """
+    return cross_entropies(states, weight, labels, softcap, bias).sum()
+
+
+def cross_entropies(
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    softcap: float | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `summed_cross_entropy`, of every position its own (positions)."""
     return _ChunkedCrossEntropy.apply(states, weight, labels, softcap, bias)  # pyright: ignore[reportReturnType]
+
+
+def by_sequence(losses: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """The losses of positions summed by sequence.
+
+    Args:
+        losses: Positions, those of a sequence in a row.
+        counts: How many are every sequence's.
+    """
+    return torch.stack([part.sum() for part in losses.split(list(counts))])

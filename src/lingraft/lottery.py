@@ -102,6 +102,7 @@ def learn_difference(
         size = sum(p.numel() for p in model.parameters())
         names = put.enter_context(stacked(model, beneath))
         settle(model, names, beneath, merged=names)
+        put.enter_context(backbone.sped(model))
         weights = trainable_weights(model, adapter.modules)
         check_entries(adapter.entries, weights)
         shared = _Shared(backbone, model, weights, sequences, adapter, seed, size, checkpoint_seconds)

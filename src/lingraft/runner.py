@@ -1,8 +1,10 @@
 """Runs a plan: finished steps are skipped, a failure stops what depends on it, and everything finished is kept."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from lingraft.config import Experiment
 from lingraft.costs import cost, shape_for
 from lingraft.digests import digest_value
 from lingraft.errors import Interrupted, LingraftError, RunFailed, UserError, suggestion
-from lingraft.execution import SELECTED, SIMILARITY, Session, check_data, execute
+from lingraft.execution import SELECTED, SIMILARITY, Session, check_data, execute, execute_together, shape_of
 from lingraft.locating import Located, locate
 from lingraft.plan import Plan, Step, characters, make_plan, ordered
 from lingraft.store import Store, write_json
@@ -122,25 +124,35 @@ def tune(experiment: Experiment, store: str | Path, *, events: Events | None = N
 def _run_steps(todo: Sequence[Step], session: Session, events: Events) -> None:
     failed: set[str] = set()
     errors: list[LingraftError] = []
-    for number, step in enumerate(todo, 1):
-        if any(needed.key in failed for needed in step.inputs.values()):
-            failed.add(step.key)
+    # A tracker is of one training.
+    most = 1 if session.experiment.trackers else session.experiment.speed.together
+    shapes = {step.key: shape_of(step) for step in todo} if most > 1 else {}
+    left = list(todo)
+    while left:
+        if any(needed.key in failed for needed in left[0].inputs.values()):
+            failed.add(left.pop(0).key)
             continue
+        done = len(todo) - len(left)
+        group = _next_group(left, shapes, most, failed)
+        left = [step for step in left if step not in group]
         try:
-            events.step(step, number, len(todo))
-            with session.store.making(step.kind, step.key, step.identity()) as work:
-                execute(step, session, work)
-        except LingraftError as error:
+            for number, step in enumerate(group, done + 1):
+                events.step(step, number, len(todo))
+            found = _make(group, session)
+        except KeyboardInterrupt:
+            session.release()
+            raise Interrupted(
+                f"interrupted during {', '.join(repr(step.label) for step in group)} ({done} of {len(todo)} steps done)",
+                remedy="run the same command again: finished steps are kept, a training goes on from its last checkpoint, and an "
+                "evaluation from its last batch",
+            ) from None
+        for step, error in found:
             failed.add(step.key)
             errors.append(error)
             events.failure(step, error)
-            if isinstance(error, UserError) and number == 1:
-                raise
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"interrupted during '{step.label}' ({number - 1} of {len(todo)} steps done)",
-                remedy="run the same command again: finished steps are kept, and a training goes on from its last checkpoint",
-            ) from None
+            if isinstance(error, UserError) and not done and len(group) == 1:
+                raise error
+    session.release()
     if errors:
         own, stopped = len(errors), len(failed) - len(errors)
         outcome = RunFailed(
@@ -149,6 +161,56 @@ def _run_steps(todo: Sequence[Step], session: Session, events: Events) -> None:
         )
         outcome.exit_code = max(1, min(error.exit_code for error in errors))
         raise outcome
+
+
+def _next_group(left: Sequence[Step], shapes: Mapping[str, str | None], most: int, failed: Set[str]) -> list[Step]:
+    """The next step, and what is trained with it: trainings of its shape all of whose inputs are there."""
+    first, *others = left
+    shape, waiting = shapes.get(first.key), failed | {step.key for step in left}
+    if shape is None:
+        return [first]
+    ready = (
+        step
+        for step in others
+        if shapes[step.key] == shape and waiting.isdisjoint(needed.key for needed in step.inputs.values())
+    )
+    return [first, *islice(ready, most - 1)]
+
+
+def _make(group: Sequence[Step], session: Session) -> list[tuple[Step, LingraftError]]:
+    """Makes a step, or trainings together, and gives those that failed."""
+    failed: list[tuple[Step, LingraftError]] = []
+    with ExitStack() as everything:
+        open_: list[tuple[Step, ExitStack, Path]] = []
+        for step in group:
+            own = everything.enter_context(ExitStack())
+            try:
+                work = own.enter_context(session.store.making(step.kind, step.key, step.identity()))
+            except LingraftError as error:
+                failed.append((step, error))
+            else:
+                open_.append((step, own, work))
+        found = _made([(step, work) for step, _, work in open_], session)
+        for (step, own, _), error in zip(open_, found, strict=True):
+            try:
+                with own:  # Its folder appears, unless there is an error.
+                    if error is not None:
+                        raise error
+            except LingraftError as raised:
+                failed.append((step, raised))
+    return failed
+
+
+def _made(steps: Sequence[tuple[Step, Path]], session: Session) -> list[LingraftError | None]:
+    """Carries out a step, or trainings together, in working folders: for each why it failed, or None."""
+    if len(steps) > 1:
+        return execute_together([step for step, _ in steps], session, [work for _, work in steps])
+    try:
+        for step, work in steps:
+            execute(step, session, work)
+    except LingraftError as error:
+        return [error]
+    return [None] * len(steps)
 
 
 def write_manifest(plan: Plan, located: Located, store: Store, out: Path) -> None:
@@ -243,5 +305,6 @@ def _rates(plan: Plan, store: Store, sizes: dict[str, int]) -> dict[str, float]:
         if step.key in sizes and step.kind in ("train", "predict") and store.has(step.kind, step.key):
             total = sums.setdefault(step.kind, [0.0, 0.0])
             total[0] += sizes[step.key]
-            total[1] += store.record(step.kind, step.key).get("seconds") or 0
+            record = store.record(step.kind, step.key)
+            total[1] += (record.get("seconds") or 0) / record.get("environment", {}).get("together", 1)
     return rates | {kind: done / time for kind, (done, time) in sums.items() if time > 0}

@@ -15,6 +15,8 @@ LEARNS = {
     "encoder-decoder": ("prefix-lm", "span-corruption"),
 }
 """The reference tasks on plain text, by kind of backbone; a task with labels serves all."""
+TOGETHER = ("lora", "ia3", "bottleneck")
+"""The structures of which several adapters can be trained in one pass through the model."""
 
 
 def check_served(architecture: str, task: Task, experiment: Experiment, methods: Sequence[Method]) -> None:

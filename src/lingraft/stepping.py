@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from lingraft.causal import NEXT_TOKENS
 from lingraft.config import TrainingConfig
 from lingraft.encoding import LABELLED, MASKED, LabelledSequence, MaskedSequence
 from lingraft.errors import LingraftError, UserError
-from lingraft.losses import Objective
+from lingraft.losses import Drawn, Objective
 from lingraft.tensors import TensorFile, write_all
 from lingraft.transduction import CORRUPTED, PAIRED, CorruptedSequence, PairSequence
 
@@ -95,18 +96,220 @@ def batch_loss(
     """
     objective, model = objective_of(backbone, chosen), backbone.model if model is None else model
     drawn = objective.draw(backbone, chosen, share, seed)
-    count = sum(d.terms for d in drawn)
-    if count == 0:  # a batch of empty lines
-        return 0.0
-    total = 0.0
-    for part in micro_batches([d.length for d in drawn], backbone.speed.part_tokens):
-        if not any(drawn[i].terms for i in part):
-            continue
-        loss = objective.summed(backbone, model, [drawn[i] for i in part]) / count
-        total += float(loss.detach())
-        if backward is not None:
-            backward(loss)
-    return total
+    return float(_mean_losses(backbone, model, objective, [("", drawn)], backward)[0])
+
+
+def _mean_losses(
+    backbone: Backbone,
+    model: Any,
+    objective: Objective,
+    batches: Sequence[tuple[str, Sequence[Drawn]]],
+    backward: Callable[[torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """The mean loss of every batch over its own terms, all of them computed in the same parts.
+
+    Args:
+        backbone: The model.
+        model: Of an encoder, the model with its head.
+        objective: How the model learns from the sequences.
+        batches: By the names of the adapters on the model what each one's batch is; no name: that of the only adapter.
+        backward: Called with every part's share of all losses, of which each reaches its own adapter alone.
+    """
+    counts = [sum(d.terms for d in drawn) for _, drawn in batches]
+    found = torch.zeros(len(batches), device=backbone.device)
+    # An empty line has nothing to be learned from.
+    every = [(number, d) for number, (_, drawn) in enumerate(batches) for d in drawn if d.terms]
+    packed = backbone.packs and not batches[0][0]
+    for part in micro_batches([d.length for _, d in every], backbone.speed.part_tokens, packed=packed):
+        if len(batches) > 1:
+            part.sort(key=lambda place: every[place][0])  # An adapter's rows stand side by side.
+        owners, here = [every[i][0] for i in part], [every[i][1] for i in part]
+        with _lanes_told(backbone, [name for name, _ in batches], owners, here):
+            losses = objective.summed(backbone, model, here)
+            if len(batches) == 1:
+                loss = losses.sum() / counts[0]
+                found[0] += loss.detach()
+            else:
+                shares = losses / torch.tensor([counts[o] for o in owners], device=losses.device)
+                loss = shares.sum()
+                for number in set(owners):
+                    first, count = owners.index(number), owners.count(number)
+                    found[number] += shares.detach()[first : first + count].sum()
+            if backward is not None:
+                backward(loss)
+    return found
+
+
+def _lanes_told(backbone: Backbone, names: Sequence[str], owners: Sequence[int], part: Sequence[Drawn]) -> Any:
+    """Tells the layers, until the backward pass is over, which rows of a part belong to which adapter."""
+    if not names[0]:
+        return nullcontext()
+    counts = [0] * len(names)
+    for owner, drawn in zip(owners, part, strict=True):
+        counts[owner] += _rows_of(drawn)
+    return backbone.rows.told(lanes=tuple((n, count) for n, count in zip(names, counts, strict=True) if count))
+
+
+def _rows_of(drawn: Drawn) -> int:
+    """The rows of a batch that a sequence takes."""
+    return len(drawn.item.rows) if isinstance(drawn.item, LabelledSequence) else 1
+
+
+class Learner:
+    """A training on its way: what is learned, from what, how far it is, and where its checkpoint and log are.
+
+    One that was stopped stands where its checkpoint does. What changes with a step is its parameters, their optimizer, `done` and
+    its files.
+
+    Args:
+        parameters: What is trained, by the names checkpoints have.
+        sequences: What to learn, all of one type.
+        out: The folder of the checkpoint and the log.
+        config: How it is trained.
+        seed: Order, dropout and drawn positions.
+        lane: The adapter's name on a model that has several; empty: it has one.
+        trackers: accelerate's trackers.
+        progress: Called after every step.
+        checkpoint_seconds: A checkpoint is due when so much time has passed, or twenty times what the last one took.
+        before_update: Called when a batch's gradients are there, before they are clipped.
+        after_update: Called when the parameters have changed, and when a checkpoint has been read.
+        fused: Whether the optimizer takes its step without copies of the parameters' size; rounding differs a little.
+
+    Attributes:
+        done: The steps that were taken.
+        total: The steps in all.
+
+    Raises:
+        UserError: There is nothing left to learn from, or nothing to hold out.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        sequences: Sequence[Any],
+        out: Path,
+        config: TrainingConfig,
+        seed: int,
+        *,
+        lane: str = "",
+        trackers: Sequence[str] = (),
+        progress: Progress | None = None,
+        checkpoint_seconds: float = 30.0,
+        before_update: Callable[[], None] | None = None,
+        after_update: Callable[[], None] | None = None,
+        fused: bool = False,
+    ) -> None:
+        self.parameters, self.out, self.config, self.seed, self.lane = parameters, out, config, seed, lane
+        self.sequences, self.held = divided(sequences, config, seed)
+        self._tracking = _accelerator(trackers, out)
+        self._progress, self._checkpoint_seconds = progress, checkpoint_seconds
+        self._before, self._after = before_update, after_update
+        # On a GPU one kernel for many tensors; on a processor the loop over them is as fast, and older runs' bytes are its.
+        fused = fused or all(p.is_cuda for p in parameters.values())
+        self.optimizer = torch.optim.AdamW(
+            parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused or None
+        )
+        self.total = steps_of(len(self.sequences), config)
+        self.done, self._spent, self._tokens = _resume(out, parameters, self.optimizer)
+        self._best = _Best(out, parameters) if self.held else None
+        if self.done and after_update is not None:
+            after_update()
+        self._lengths = [length_of(s) for s in self.sequences]
+        self._schedule = schedule(self._lengths, config, seed, self.done, self.total)
+        self._began = self._saved = time.monotonic()
+        self._due = checkpoint_seconds
+        self._batch: list[int] = []
+        self._log = (out / METRICS).open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Lets go of the log."""
+        self._log.close()
+
+    def draw(self, backbone: Backbone, objective: Objective) -> list[Drawn]:
+        """The next step's batch."""
+        step, self._batch = next(self._schedule)
+        chosen = [self.sequences[i] for i in self._batch]
+        return objective.draw(backbone, chosen, self.config.loss_positions, derived_seed("positions", self.seed, step))
+
+    def update(self) -> torch.Tensor:
+        """Changes the parameters by their gradients, and gives the norm that these had."""
+        if self._before is not None:
+            self._before()
+        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.done, self.total, self.config)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._after is not None:
+            self._after()
+        return norm
+
+    def note(self, loss: float, norm: float, held_out_loss: Callable[["Learner"], float]) -> None:
+        """Counts the step that was taken, logs it, and keeps what is to be kept of it.
+
+        Args:
+            loss: The step's loss.
+            norm: The norm of its gradients.
+            held_out_loss: Computes the loss of what is held out.
+
+        Raises:
+            LingraftError: The loss became NaN or infinite.
+        """
+        check_loss(loss, self.done, self.total)
+        self.done += 1
+        self._tokens += sum(self._lengths[i] for i in self._batch)
+        note = {
+            "step": self.done,
+            "loss": loss,
+            "gradient_norm": norm,
+            "learning_rate": learning_rate(self.done - 1, self.total, self.config),
+            "tokens": self._tokens,
+        }
+        last = self.done == self.total
+        if self._best is not None and (self.done % self.config.evaluate_every == 0 or last):
+            note["held_out_loss"] = self._best.look(self.done, held_out_loss(self))
+        self._log.write(json.dumps(note) + "\n")
+        if self._tracking is not None:
+            self._tracking.log({k: v for k, v in note.items() if k != "step"}, step=self.done)
+        if self._progress is not None:
+            self._progress(self.done, self.total, loss)
+        if time.monotonic() - self._saved > self._due and not last:
+            self._save()
+
+    def _save(self) -> None:
+        self._log.flush()
+        saving = time.monotonic()
+        spent = self._spent + saving - self._began
+        _save(self.out, self.parameters, self.optimizer, self.done, spent, self._tokens)
+        self._saved = time.monotonic()
+        if self._checkpoint_seconds:  # 0: after every step, whatever it costs.
+            self._due = max(self._checkpoint_seconds, 20 * (self._saved - saving))
+
+    def finish(self) -> dict[str, Any]:
+        """Makes the parameters what is to be kept.
+
+        Returns:
+            Steps, tokens, seconds and the last loss; where something is held out, its least loss and the step of that.
+
+        Raises:
+            LingraftError: The loss of what is held out was never a number.
+        """
+        self.close()
+        if self._tracking is not None:
+            self._tracking.end_training()
+        kept: dict[str, Any] = {}
+        if self._best is not None and self.total:
+            kept["held_out"] = self._best.take()
+            if self._after is not None:
+                self._after()
+        seconds = round(self._spent + time.monotonic() - self._began, 2)
+        return {
+            **kept,
+            "steps": self.total,
+            "tokens": self._tokens,
+            "seconds": seconds,
+            "loss": _last_loss(self.out),
+        }
 
 
 def learn(
@@ -117,107 +320,84 @@ def learn(
     out: Path,
     config: TrainingConfig,
     seed: int,
-    *,
-    trackers: Sequence[str] = (),
-    progress: Progress | None = None,
-    checkpoint_seconds: float = 30.0,
-    before_update: Callable[[], None] | None = None,
-    after_update: Callable[[], None] | None = None,
-    fused: bool = False,
+    **watched: Any,
 ) -> dict[str, Any]:
     """Trains parameters, from a checkpoint if there is one.
 
     Args:
         backbone: The model, what is trained on it.
         model: Of an encoder, the model with its head.
-        parameters: What is trained, by the names checkpoints have.
-        sequences: What to learn, all of one type.
-        out: The folder of the checkpoint and the log.
+        parameters: As for `Learner`, like all that follow.
+        sequences: What to learn.
+        out: The folder.
         config: How it is trained.
         seed: Order, dropout and drawn positions.
-        trackers: accelerate's trackers.
-        progress: Called after every step.
-        checkpoint_seconds: A checkpoint is due when so much time has passed, or twenty times what the last one took.
-        before_update: Called when a batch's gradients are there, before they are clipped.
-        after_update: Called when the parameters have changed, and when a checkpoint has been read.
-        fused: Whether the optimizer takes its step without copies of the parameters' size; rounding differs a little.
+        **watched: The other arguments of `Learner`.
 
     Returns:
-        Steps, tokens, seconds and the last loss; where something is held out, its least loss and the step of that.
+        What `Learner.finish` gives.
 
     Raises:
         LingraftError: The loss became NaN or infinite.
         UserError: There is nothing left to learn from, or nothing to hold out.
     """
-    sequences, held = divided(sequences, config, seed)
-    accelerator = _accelerator(trackers, out)
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused or None
-    )
-    prepared = accelerator.prepare_optimizer(optimizer)
-    total = steps_of(len(sequences), config)
-    done, spent, tokens = _resume(out, parameters, optimizer)
-    best = _Best(out, parameters) if held else None
-    if done and after_update is not None:
-        after_update()
-    lengths = [length_of(s) for s in sequences]
-    began = last_saved = time.monotonic()
-    due, loss_value = checkpoint_seconds, float("nan")
-    with (out / METRICS).open("a", encoding="utf-8") as log:
-        for step, indices in schedule(lengths, config, seed, done, total):
-            # Dropout draws from the global state: set from (seed, step), it needs no place in a checkpoint.
-            torch.manual_seed(derived_seed("step", seed, step))
-            chosen = [sequences[i] for i in indices]
-            drawn = derived_seed("positions", seed, step)
-            loss_value = batch_loss(
-                backbone, chosen, share=config.loss_positions, seed=drawn, backward=accelerator.backward, model=model
-            )
-            check_loss(loss_value, step, total)
-            if before_update is not None:
-                before_update()
-            norm = float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), config.clip))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, total, config)
-            prepared.step()
-            prepared.zero_grad(set_to_none=True)
-            if after_update is not None:
-                after_update()
-            tokens += sum(lengths[i] for i in indices)
-            note = {
-                "step": step + 1,
-                "loss": loss_value,
-                "gradient_norm": norm,
-                "learning_rate": group["lr"],
-                "tokens": tokens,
-            }
-            if best is not None and ((step + 1) % config.evaluate_every == 0 or step + 1 == total):
-                note["held_out_loss"] = best.look(step + 1, _held_out_loss(backbone, model, held, config, seed))
-            log.write(json.dumps(note) + "\n")
-            if trackers:
-                accelerator.log({k: v for k, v in note.items() if k != "step"}, step=step + 1)
-            if progress is not None:
-                progress(step + 1, total, loss_value)
-            if time.monotonic() - last_saved > due and step + 1 < total:
-                log.flush()
-                saving = time.monotonic()
-                _save(out, parameters, optimizer, step + 1, spent + saving - began, tokens)
-                last_saved = time.monotonic()
-                if checkpoint_seconds:  # 0: after every step, whatever it costs.
-                    due = max(checkpoint_seconds, 20 * (last_saved - saving))
-    if trackers:
-        accelerator.end_training()
-    kept: dict[str, Any] = {}
-    if best is not None and total:
-        kept["held_out"] = best.take()
-        if after_update is not None:
-            after_update()
-    return {
-        **kept,
-        "steps": total,
-        "tokens": tokens,
-        "seconds": round(spent + time.monotonic() - began, 2),
-        "loss": _last_loss(out),
-    }
+    learner = Learner(parameters, sequences, out, config, seed, **watched)
+    (outcome,) = learn_together(backbone, model, [learner])
+    if isinstance(outcome, LingraftError):
+        raise outcome
+    return outcome
+
+
+def learn_together(backbone: Backbone, model: Any, learners: Sequence[Learner]) -> list[dict[str, Any] | LingraftError]:
+    """Takes trainings to their ends, a step of each in every pass through the model; each one's steps are its own.
+
+    Their losses are of disjoint rows and their parameters disjoint, so that each one's gradients are those it has alone, but for
+    rounding: products have other numbers of rows. One that fails or ends leaves the others going.
+
+    Args:
+        backbone: The model, with all that is trained on it.
+        model: Of an encoder, the model with its head.
+        learners: The trainings, their sequences of one type.
+
+    Returns:
+        For each what `Learner.finish` gives, or why it failed.
+    """
+    objective = objective_of(backbone, learners[0].sequences)
+    outcomes: dict[int, dict[str, Any] | LingraftError] = {}
+
+    def held_out_loss(learner: Learner) -> float:
+        return _held_out_loss(backbone, model, objective, learner)
+
+    try:
+        while True:
+            for number, learner in enumerate(learners):
+                if number not in outcomes and learner.done >= learner.total:
+                    outcomes[number] = _finished(learner)
+            going = [n for n in range(len(learners)) if n not in outcomes]
+            if not going:
+                return [outcomes[n] for n in range(len(learners))]
+            mine = [learners[n] for n in going]
+            # What draws from the global state is set from (seed, step), and needs no place in a checkpoint.
+            torch.manual_seed(derived_seed("step", mine[0].seed, mine[0].done))
+            batches = [(learner.lane, learner.draw(backbone, objective)) for learner in mine]
+            losses = _mean_losses(backbone, model, objective, batches, torch.Tensor.backward)
+            norms = torch.stack([learner.update().to(losses.device, losses.dtype) for learner in mine])
+            # One look at the device a step.
+            for n, loss, norm in zip(going, *torch.stack([losses, norms]).tolist(), strict=True):
+                try:
+                    learners[n].note(loss, norm, held_out_loss)
+                except LingraftError as error:
+                    outcomes[n] = error
+    finally:
+        for learner in learners:
+            learner.close()
+
+
+def _finished(learner: Learner) -> dict[str, Any] | LingraftError:
+    try:
+        return learner.finish()
+    except LingraftError as error:
+        return error
 
 
 def divided(sequences: Sequence[Any], config: TrainingConfig, seed: int) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -236,12 +416,13 @@ def divided(sequences: Sequence[Any], config: TrainingConfig, seed: int) -> tupl
     return [s for n, s in enumerate(sequences) if n not in out], [sequences[n] for n in sorted(out)]
 
 
-def _held_out_loss(backbone: Backbone, model: Any, held: Sequence[Any], config: TrainingConfig, seed: int) -> float:
+def _held_out_loss(backbone: Backbone, model: Any, objective: Objective, learner: Learner) -> float:
     """The mean loss of what is held out, at the same positions every time."""
     model.eval()
-    drawn = derived_seed("held out positions", seed)
+    seed = derived_seed("held out positions", learner.seed)
+    drawn = objective.draw(backbone, learner.held, learner.config.loss_positions, seed)
     with torch.no_grad():
-        loss = batch_loss(backbone, held, share=config.loss_positions, seed=drawn, model=model)
+        loss = float(_mean_losses(backbone, model, objective, [(learner.lane, drawn)])[0])
     model.train()
     return loss
 
@@ -296,9 +477,9 @@ def check_loss(value: float, step: int, total: int) -> None:
         )
 
 
-def _accelerator(trackers: Sequence[str], out: Path) -> Accelerator:
+def _accelerator(trackers: Sequence[str], out: Path) -> Accelerator | None:
     if not trackers:
-        return Accelerator()
+        return None
     try:
         accelerator = Accelerator(log_with=list(trackers), project_dir=str(out / "trackers"))
         accelerator.init_trackers("lingraft")

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,68 @@ from lingraft.adapter import Adapter
 from lingraft.attaching import Part, part, peft_config, tensors_on
 from lingraft.backbones import Backbone, environment
 from lingraft.config import AdapterConfig, TrainingConfig
-from lingraft.errors import AdapterError, UserError
+from lingraft.errors import AdapterError, LingraftError, UserError
 from lingraft.fusion.attaching import put_on
 from lingraft.fusion.stages import SecondStage
 from lingraft.heads import Head
+from lingraft.lanes import MOST, lane_name, parameters_of, random_layers, side_by_side, tensors_of_lane
 from lingraft.layouts import layout_of
 from lingraft.layouts.common import CONFIG, SIDECAR, WEIGHTS
+from lingraft.modules import bylane
+from lingraft.serving import TOGETHER
 from lingraft.stacks import check_stack, described, write_note
-from lingraft.stepping import BEST, CHECKPOINT, Progress, learn, objective_of
+from lingraft.stepping import BEST, CHECKPOINT, Learner, Progress, learn, learn_together, objective_of
 from lingraft.store import write_json
 from lingraft.structures import fresh, fresh_coupling
 from lingraft.tensors import write_all
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training of an adapter on the base alone.
+
+    Attributes:
+        sequences: What to learn, all of one type.
+        out: The folder to write to.
+        adapter: The adapter's structure.
+        training: How it is trained.
+        head: The head of an encoder; None: the one the sequences are for.
+        seed: Initial weights, order, dropout and drawn positions.
+        start_from: An adapter to go on from, instead of the initial weights.
+        provenance: Written to the sidecar.
+        progress: Called after every step.
+    """
+
+    sequences: Sequence[Any]
+    out: Path
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    head: Head | None = None
+    seed: int = 0
+    start_from: Path | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What a training starts from.
+
+    Attributes:
+        job: The training.
+        head: The head of an encoder.
+        made: PEFT's configuration.
+        tensors: The tensors it starts from.
+        notes: For the sidecars of all that it writes.
+        own: For the adapter's own sidecar.
+    """
+
+    job: Job
+    head: Head | None
+    made: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    notes: dict[str, Any]
+    own: dict[str, Any]
 
 
 def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
@@ -87,56 +138,210 @@ def train(
         LingraftError: The loss became NaN or infinite.
     """
     adapter, training = adapter or AdapterConfig(), training or TrainingConfig()
-    objective_of(backbone, sequences)
-    if backbone.kind == "encoder" and head is None:
-        head = getattr(sequences[0], "head", Head("masked_lm"))
-    _check(adapter, beneath, start_from, second)
-    for one in beneath:
-        backbone.check_belongs(one)
-    made, tensors = fresh(backbone, adapter, seed, head)
-    heads = _of_head(made, tensors)
-    # Adapters that are merged must have started alike; heads are not merged.
-    init_hash = hash_tensors({name: t for name, t in tensors.items() if name not in heads})
-    if start_from is not None:
-        tensors = _tensors_of(start_from, tensors, heads)
-    if second is not None:
-        tensors = tensors | _heads_of(second.first, tensors, heads)
-    notes: dict[str, Any] = {
-        "backbone": {"name": backbone.located.name, "digest": backbone.digest},
-        **({"beneath": described(beneath)} if beneath else {}),
-        "provenance": {"how": "train", "seed": seed, "lingraft": __version__, **(provenance or {})},
+    job = Job(sequences, out, adapter, training, head, seed, start_from, provenance or {}, progress)
+    return train_one(
+        backbone, job, second=second, beneath=beneath, trackers=trackers, checkpoint_seconds=checkpoint_seconds
+    )
+
+
+def train_one(
+    backbone: Backbone,
+    job: Job,
+    *,
+    second: SecondStage | None = None,
+    beneath: Sequence[Adapter] = (),
+    trackers: Sequence[str] = (),
+    checkpoint_seconds: float = 30.0,
+) -> dict[str, Any]:
+    """As `train`, of a training that is a value."""
+    begun = _begin(backbone, job, beneath, second)
+    sequences, out, adapter, seed = job.sequences, job.out, job.adapter, job.seed
+    head, made, parts = begun.head, begun.made, [part(one) for one in beneath]
+    watched: dict[str, Any] = {
+        "trackers": trackers,
+        "progress": job.progress,
+        "checkpoint_seconds": checkpoint_seconds,
     }
-    own: dict[str, Any] = {"init_sha256": init_hash, **({"head": head.as_dict()} if head is not None else {})}
-    watched: dict[str, Any] = {"trackers": trackers, "progress": progress, "checkpoint_seconds": checkpoint_seconds}
-    parts = [part(one) for one in beneath]
     if adapter.family == "sparse":
         learned = lottery.learn_difference(
-            backbone, head, tensors, parts, sequences, out, adapter, training, seed, **watched
+            backbone, head, begun.tensors, parts, sequences, out, adapter, job.training, seed, **watched
         )
         summary = learned.summary
         made |= {"target_modules": learned.modules, "entries": learned.entries}
-        _write(out, backbone, made, learned.tensors, {**notes, **own}, head)
+        _write(out, backbone, made, learned.tensors, begun.notes | begun.own, head)
     elif adapter.invertible:
-        summary = _train_two(
-            backbone, head, made, tensors, parts, sequences, out, adapter, training, seed, watched, notes
-        )
+        summary = _train_two(backbone, begun, parts, watched)
     else:
         extra: dict[str, torch.Tensor] = {}
         with ExitStack() as stack:
             if second is not None:
                 stack.enter_context(backbone.merged(second.first))
-            model = stack.enter_context(backbone.attached(peft_config(made), tensors, head, parts))
+            model = stack.enter_context(backbone.attached(peft_config(made), begun.tensors, head, parts))
             if second is not None:
                 further = stack.enter_context(put_on(backbone, model, second, seed=seed))
                 if backbone.fuser is not None and backbone.fuser.translator is not None:
                     second = replace(second, encoder=backbone.fuser.translator.digest)
                 extra = dict(further.state_dict()) if further is not None else {}  # The tensors themselves, not copies.
-            summary = _learn(backbone, model, sequences, out, training, seed, watched)
+            summary = _learn(backbone, model, job, watched)
             final = _arrays(tensors_on(model))
         if second is not None:
             second.write(out, extra)
-            own["second"] = second.notes()
-        _write(out, backbone, made, final, {**notes, **own}, head)
+            begun.own["second"] = second.notes()
+        _write(out, backbone, made, final, begun.notes | begun.own, head)
+    return _ended(backbone, out, summary)
+
+
+def train_together(
+    backbone: Backbone,
+    jobs: Sequence[Job],
+    *,
+    trackers: Sequence[str] = (),
+    checkpoint_seconds: float = 30.0,
+) -> list[dict[str, Any] | LingraftError]:
+    """Trains adapters of one shape together, a step of each in every pass through the model.
+
+    Each has the batches, the drawn positions, the schedule, the clipping, the optimizer, the checkpoint and the files that it has
+    alone, and ends with the same numbers but for rounding: products have other numbers of rows. A training that was killed here may
+    go on alone, and the other way round.
+
+    Args:
+        backbone: The frozen base model.
+        jobs: The trainings; `why_apart` says None of any two.
+        trackers: accelerate's trackers.
+        checkpoint_seconds: As for `train`.
+
+    Returns:
+        For each what `train` gives, or why it failed; the others' ends do not depend on that.
+
+    Raises:
+        UserError: They cannot be trained together.
+        AdapterError: The model cannot tell their rows apart.
+    """
+    for job in jobs:
+        if reason := why_apart(backbone, jobs[0], job):
+            raise UserError(f"these adapters cannot be trained together: {reason}", remedy=bylane.REMEDY)
+    outcomes: list[dict[str, Any] | LingraftError | None] = [None] * len(jobs)
+    begun: dict[int, _Begun] = {}
+    for number, job in enumerate(jobs):
+        with _failing(outcomes, number):
+            begun[number] = _begin(backbone, job)
+    waiting = list(begun)
+    while waiting:
+        some, waiting = waiting[:MOST], waiting[MOST:]
+        _learn_together(backbone, {n: begun[n] for n in some}, outcomes, trackers, checkpoint_seconds)
+    return [outcome or {} for outcome in outcomes]
+
+
+def _learn_together(
+    backbone: Backbone,
+    begun: Mapping[int, _Begun],
+    outcomes: list[dict[str, Any] | LingraftError | None],
+    trackers: Sequence[str],
+    checkpoint_seconds: float,
+) -> None:
+    """Trains what has begun and writes it; how each ended is put among the outcomes."""
+    first, *_ = begun.values()
+    with side_by_side(backbone, first.made, [one.tensors for one in begun.values()], first.head) as model:
+        model.train()
+        learners: dict[int, Learner] = {}
+        for lane, (number, one) in enumerate(begun.items()):
+            job = one.job
+            with _failing(outcomes, number):
+                learners[number] = Learner(
+                    parameters_of(model, lane),
+                    job.sequences,
+                    job.out,
+                    job.training,
+                    job.seed,
+                    lane=lane_name(lane),
+                    trackers=trackers,
+                    progress=job.progress,
+                    checkpoint_seconds=checkpoint_seconds,
+                )
+        if not learners:
+            return
+        ended = learn_together(backbone, model.get_base_model(), list(learners.values()))
+        outcomes_of = dict(zip(learners, ended, strict=True))
+        final = {n: _arrays(tensors_of_lane(model, lane)) for lane, n in enumerate(begun)}
+    for number, outcome in outcomes_of.items():
+        if isinstance(outcome, LingraftError):
+            outcomes[number] = outcome
+            continue
+        one = begun[number]
+        with _failing(outcomes, number):
+            _write(one.job.out, backbone, one.made, final[number], one.notes | one.own, one.head)
+            outcomes[number] = _ended(backbone, one.job.out, outcome)
+
+
+def why_apart(backbone: Backbone, first: Job, second: Job) -> str | None:
+    """Why two trainings cannot share passes through the model, or None where they can."""
+    adapter = first.adapter
+    if adapter != second.adapter:
+        return "they are of different shapes"
+    if adapter.family not in TOGETHER or adapter.invertible:
+        return f"{'a coupling' if adapter.invertible else adapter.family} is trained alone"
+    if type(first.sequences[0]) is not type(second.sequences[0]):
+        return "they learn from different kinds of sequences"
+    heads = [_head_of(backbone, job) for job in (first, second)]
+    if heads[0] != heads[1]:
+        return "they have different heads"
+    head = heads[0]
+    model = backbone.model if head is None else backbone.headed(head).model
+    if adapter.family == "lora" and adapter.dropout and backbone.kind == "encoder-decoder":
+        return "what is dropped out before LoRA is drawn for all texts of an encoder-decoder at once"
+    if name := random_layers(model):
+        return f"the base model itself drops out at random ({name}), which would be drawn for all at once"
+    return None
+
+
+@contextmanager
+def _failing(outcomes: list[Any], number: int) -> Iterator[None]:
+    """Puts an error of one training among the outcomes."""
+    try:
+        yield
+    except LingraftError as error:
+        outcomes[number] = error
+
+
+def _head_of(backbone: Backbone, job: Job) -> Head | None:
+    """The head that a training has on an encoder."""
+    if backbone.kind == "encoder" and job.head is None:
+        return getattr(job.sequences[0], "head", Head("masked_lm"))
+    return job.head
+
+
+def _begin(backbone: Backbone, job: Job, beneath: Sequence[Adapter] = (), second: SecondStage | None = None) -> _Begun:
+    """What a training starts from.
+
+    Raises:
+        AdapterError: The adapter to start from does not fit, or what is beneath.
+        UserError: The sequences are not for this kind of model, or the structure cannot be trained so.
+        BackboneError: An encoder's checkpoint has no language model to be trained with.
+    """
+    objective_of(backbone, job.sequences)
+    head = _head_of(backbone, job)
+    _check(job.adapter, beneath, job.start_from, second)
+    for one in beneath:
+        backbone.check_belongs(one)
+    made, tensors = fresh(backbone, job.adapter, job.seed, head)
+    heads = _of_head(made, tensors)
+    # Adapters that are merged must have started alike; heads are not merged.
+    init_hash = hash_tensors({name: t for name, t in tensors.items() if name not in heads})
+    if job.start_from is not None:
+        tensors = _tensors_of(job.start_from, tensors, heads)
+    if second is not None:
+        tensors = tensors | _heads_of(second.first, tensors, heads)
+    notes: dict[str, Any] = {
+        "backbone": {"name": backbone.located.name, "digest": backbone.digest},
+        **({"beneath": described(beneath)} if beneath else {}),
+        "provenance": {"how": "train", "seed": job.seed, "lingraft": __version__, **job.provenance},
+    }
+    own: dict[str, Any] = {"init_sha256": init_hash, **({"head": head.as_dict()} if head is not None else {})}
+    return _Begun(job, head, made, tensors, notes, own)
+
+
+def _ended(backbone: Backbone, out: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """Takes away what a training that is written needs no longer."""
     for left in (CHECKPOINT, BEST, lottery.SELECTION):
         (out / left).unlink(missing_ok=True)
     return {**summary, "environment": environment(backbone)}
@@ -165,47 +370,29 @@ def _check(adapter: AdapterConfig, beneath: Sequence[Adapter], start_from: Path 
         raise UserError("there is a coupling behind the embeddings already", remedy="leave --beneath out")
 
 
-def _learn(
-    backbone: Backbone,
-    model: Any,
-    sequences: Sequence[Any],
-    out: Path,
-    training: TrainingConfig,
-    seed: int,
-    watched: dict[str, Any],
-) -> dict[str, Any]:
+def _learn(backbone: Backbone, model: Any, job: Job, watched: dict[str, Any]) -> dict[str, Any]:
     """Trains all of a PEFT model's parameters that are not frozen."""
     model.train()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return learn(backbone, model.get_base_model(), parameters, sequences, out, training, seed, **watched)
+    return learn(
+        backbone, model.get_base_model(), parameters, job.sequences, job.out, job.training, job.seed, **watched
+    )
 
 
-def _train_two(
-    backbone: Backbone,
-    head: Head | None,
-    made: dict[str, Any],
-    tensors: dict[str, torch.Tensor],
-    parts: list[Part],
-    sequences: Sequence[Any],
-    out: Path,
-    adapter: AdapterConfig,
-    training: TrainingConfig,
-    seed: int,
-    watched: dict[str, Any],
-    notes: dict[str, Any],
-) -> dict[str, Any]:
+def _train_two(backbone: Backbone, begun: _Begun, parts: list[Part], watched: dict[str, Any]) -> dict[str, Any]:
     """Trains bottlenecks and a coupling together, and writes them as the parts of a stack, the coupling the lower one."""
-    coupling, start = fresh_coupling(backbone, adapter, seed)
+    job, head, made, tensors, notes = begun.job, begun.head, begun.made, begun.tensors, begun.notes
+    coupling, start = fresh_coupling(backbone, job.adapter, job.seed)
     both = [*parts, Part(peft_config(coupling), start, trained=True)]
     with backbone.attached(peft_config(made), tensors, head, both) as model:
-        summary = _learn(backbone, model, sequences, out, training, seed, watched)
+        summary = _learn(backbone, model, job, watched)
         lower, upper = _arrays(tensors_on(model, f"beneath{len(parts)}")), _arrays(tensors_on(model))
     written = {"invertible": (coupling, lower, start), "bottleneck": (made, upper, tensors)}
     for folder, (config, arrays, initial) in written.items():
-        (out / folder).mkdir(exist_ok=True)
+        (job.out / folder).mkdir(exist_ok=True)
         own = {"init_sha256": hash_tensors(initial), **({"head": head.as_dict()} if head is not None else {})}
-        _write(out / folder, backbone, config, arrays, {**notes, **own}, head)
-    write_note(out, list(written), {"family": "madx", **notes})
+        _write(job.out / folder, backbone, config, arrays, {**notes, **own}, head)
+    write_note(job.out, list(written), {"family": "madx", **notes})
     return summary
 
 

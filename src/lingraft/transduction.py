@@ -15,7 +15,8 @@ from lingraft.errors import BackboneError, DataError
 from lingraft.fusion.attaching import fusing, with_adapter
 from lingraft.fusion.xmixup import Texts
 from lingraft.fusion.xmixup_losses import paired_loss
-from lingraft.losses import Drawn, Objective, project, summed_cross_entropy
+from lingraft.journal import Journal
+from lingraft.losses import Drawn, Objective, by_sequence, cross_entropies, project, summed_cross_entropy
 from lingraft.metrics import Generated, Prediction
 from lingraft.stacks import Adapters
 from lingraft.tasks.items import Example
@@ -243,14 +244,15 @@ def _draw_corrupted(backbone: Backbone, chosen: Sequence[CorruptedSequence], sha
 
 
 def _summed(backbone: Backbone, model: Any, part: Sequence[Drawn]) -> torch.Tensor:
-    """Summed cross-entropy over what is to be written."""
-    chosen: list[PairSequence] = [d.item for d in part if d.terms]
+    """Cross-entropy summed over what is to be written, by sequence; with X-Mixup over all."""
+    chosen: list[PairSequence] = [d.item for d in part]
     if backbone.mixup is not None and all(s.counterpart is not None for s in chosen):
         return _summed_mixed(backbone, chosen)
     states, mask = _encoded(backbone, [s.source for s in chosen], [s.counterpart for s in chosen])
     here, labels = _states(backbone, states, mask, [s.target for s in chosen])
     weight = backbone.model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
-    return summed_cross_entropy(here, weight, labels)  # pyright: ignore[reportArgumentType]
+    losses = cross_entropies(here, weight, labels)  # pyright: ignore[reportArgumentType]
+    return by_sequence(losses, [len(s.target) for s in chosen])
 
 
 def _summed_mixed(backbone: Backbone, chosen: Sequence[PairSequence]) -> torch.Tensor:
@@ -336,6 +338,7 @@ def predict_choice(
     max_input: int = 1024,
     batch_tokens: int = 2048,
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> list[Prediction]:
     """Scores every candidate of every example by its likelihood after the prompt; the prompt is read once.
 
@@ -347,6 +350,7 @@ def predict_choice(
         max_input: Tokens; a longer prompt is cut.
         batch_tokens: Padded tokens in a batch; changes speed only.
         progress: Called with the items done and the items in all.
+        journal: Batches that it knows are not computed again.
 
     Returns:
         Predictions in the order of the examples; a score is of the candidate's tokens and the end of text.
@@ -359,25 +363,29 @@ def predict_choice(
     sources = [read(backbone, e, max_input) for e in examples]
     beside = [counterpart(backbone, e, max_input) for e in examples]
     targets = [[_written(backbone, c) for c in e.candidates] for e in examples]
-    found: list[Prediction | None] = [None] * len(examples)
+    known: dict[int, list[list[float]]] = {} if journal is None else journal.known("labels")
     done = 0
     with with_adapter(backbone, adapter), torch.inference_mode():
         for numbers in _batches([s for s, _ in sources], [len(t) for t in targets], batch_tokens):
-            rows, besides = [sources[n][0] for n in numbers], [beside[n] for n in numbers]
-            with _mixing(backbone, rows, besides):
-                states, mask = _encoded(backbone, rows, besides)
-            owners = torch.tensor([row for row, n in enumerate(numbers) for _ in targets[n]], device=states.device)
-            flat = [target for n in numbers for target in targets[n]]
-            values = iter(_log_likelihoods(backbone, states[owners], mask[owners], flat))
-            for n in numbers:
-                given = [next(values) for _ in targets[n]]
-                scores = tuple(sum(v) / len(v) if normalised else sum(v) for v in given)
-                example = examples[n]
-                found[n] = Prediction(example.id, example.gold, scores, example.prompt, sources[n][1])
+            if not known.keys() >= set(numbers):
+                rows, besides = [sources[n][0] for n in numbers], [beside[n] for n in numbers]
+                with _mixing(backbone, rows, besides):
+                    states, mask = _encoded(backbone, rows, besides)
+                owners = torch.tensor([row for row, n in enumerate(numbers) for _ in targets[n]], device=states.device)
+                flat = [target for n in numbers for target in targets[n]]
+                values = iter(_log_likelihoods(backbone, states[owners], mask[owners], flat))
+                made = {n: [next(values) for _ in targets[n]] for n in numbers}
+                known |= made
+                if journal is not None:
+                    journal.add("labels", made)
             done += len(numbers)
             if progress is not None:
                 progress(done, len(examples))
-    return found  # pyright: ignore[reportReturnType]
+    found: list[Prediction] = []
+    for n, example in enumerate(examples):
+        scores = tuple(sum(v) / len(v) if normalised else sum(v) for v in known[n])
+        found.append(Prediction(example.id, example.gold, scores, example.prompt, sources[n][1]))
+    return found
 
 
 def generate(
@@ -390,6 +398,7 @@ def generate(
     batch_tokens: int = 2048,
     write: bool = True,
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> list[Generated]:
     """Has the model write after every prompt, the likeliest token each time, and finds how likely the right answer was.
 
@@ -402,6 +411,7 @@ def generate(
         batch_tokens: Padded tokens in a batch; changes speed only.
         write: Whether anything is written: the likelihood alone is cheaper.
         progress: Called with the items done and the items in all.
+        journal: Batches that it knows are not computed again.
 
     Returns:
         In the order of the examples; the gold log-likelihood is the mean over the right answer's tokens and the end of text.
@@ -413,35 +423,48 @@ def generate(
         raise DataError("there is nothing to evaluate")
     sources = [read(backbone, e, max_input) for e in examples]
     beside = [counterpart(backbone, e, max_input) for e in examples]
-    found: list[Generated | None] = [None] * len(examples)
+    known: dict[int, tuple[str | None, float]] = {} if journal is None else journal.known("texts")
     done = 0
     with with_adapter(backbone, adapter), torch.inference_mode():
         for numbers in _batches([s for s, _ in sources], [1] * len(sources), batch_tokens):
-            rows = [sources[n][0] for n in numbers]
-            besides = [beside[n] for n in numbers]
-            with _mixing(backbone, rows, besides):
-                states, mask = _encoded(backbone, rows, besides)
-                texts = _texts(backbone, rows, besides, max_output) if write else [None] * len(rows)
-            likely = _log_likelihoods(
-                backbone, states, mask, [_written(backbone, examples[n].completion) for n in numbers]
-            )
-            for n, text, values in zip(numbers, texts, likely, strict=True):
-                e = examples[n]
-                references = e.references or ((e.completion.strip(),) if e.candidates else ())
-                found[n] = Generated(e.id, e.prompt, text, references, sum(values) / len(values), sources[n][1])
+            if not known.keys() >= set(numbers):
+                rows, besides = [sources[n][0] for n in numbers], [beside[n] for n in numbers]
+                with _mixing(backbone, rows, besides):
+                    states, mask = _encoded(backbone, rows, besides)
+                    texts = _texts(backbone, rows, besides, max_output, states) if write else [None] * len(rows)
+                targets = [_written(backbone, examples[n].completion) for n in numbers]
+                likely = [sum(v) / len(v) for v in _log_likelihoods(backbone, states, mask, targets)]
+                made = dict(zip(numbers, zip(texts, likely, strict=True), strict=True))
+                known |= made
+                if journal is not None:
+                    journal.add("texts", made)
             done += len(numbers)
             if progress is not None:
                 progress(done, len(examples))
-    return found  # pyright: ignore[reportReturnType]
+    found: list[Generated] = []
+    for n, e in enumerate(examples):
+        references = e.references or ((e.completion.strip(),) if e.candidates else ())
+        text, likelihood = known[n]
+        found.append(Generated(e.id, e.prompt, text, references, likelihood, sources[n][1]))
+    return found
 
 
 def _texts(
-    backbone: Backbone, rows: Sequence[Sequence[int]], beside: Sequence[Counterpart | None], max_output: int
+    backbone: Backbone,
+    rows: Sequence[Sequence[int]],
+    beside: Sequence[Counterpart | None],
+    max_output: int,
+    read: torch.Tensor,
 ) -> list[str]:
-    """What is written, special tokens left out."""
+    """What is written, special tokens left out; `read`: the encoder's states, which are not computed again."""
+    from transformers.modeling_outputs import BaseModelOutput
+
     ids, mask = _padded(backbone, rows)
     model: Any = backbone.model
+    # What mixes counterparts in follows the calls of a whole generation, the encoder's among them.
+    whole = backbone.fuser is not None or backbone.mixup is not None
+    known = {} if whole else {"encoder_outputs": BaseModelOutput(last_hidden_state=read)}  # pyright: ignore[reportArgumentType]
     mixed = fusing(backbone, beside, [len(row) for row in rows])
     with backbone.autocast(), backbone.greedy(max_output) as configuration, mixed:
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=configuration)
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=configuration, **known)
     return [str(backbone.tokenizer.decode(row, skip_special_tokens=True)) for row in out.tolist()]

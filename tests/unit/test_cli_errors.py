@@ -160,6 +160,24 @@ MISTAKES: dict[str, tuple[Sequence[str], Sequence[str]]] = {
         [*TRAIN, *SWAHILI, "trainin.epochs=1"],
         ["unknown key 'trainin.epochs'", "did you mean 'training'?"],
     ),
+    "misspelt speed": ([*TRAIN, *SWAHILI, "speed.packin=true"], ["unknown key 'packin'", "did you mean 'packing'?"]),
+    "a prefix and packing": (
+        [*TRAIN, *SWAHILI, "--adapter", "prefix", "speed.packing=true", "speed.compile=true"],
+        ["speed.packing, speed.compile: not with --adapter prefix"],
+    ),
+    "one adapter together": ([*TRAIN, *SWAHILI, "speed.together=4"], ["speed.together: one adapter is trained here"]),
+    "training's speed where nothing is trained": (
+        [*EVALUATE, *SWAHILI, "speed.packing=true"],
+        ["speed.packing: of a training", "speed.attention"],
+    ),
+    "another group where nothing is trained": (
+        [*EVALUATE, *SWAHILI, "training.epochs=1"],
+        ["unknown key 'training.epochs'"],
+    ),
+    "a prefix and packing, in an experiment": (
+        ["run", "experiment.yaml", "adapter.family=prefix", "speed.packing=true"],
+        ["speed.packing: not for the structure 'prefix'"],
+    ),
     "a whole group": ([*TRAIN, *SWAHILI, "training=3"], ["sets no single value", "training.key=value"]),
     "misspelt training key": (
         [*TRAIN, *SWAHILI, "training.epcohs=1"],

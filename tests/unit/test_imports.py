@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import save_tiny_model
 from tests.unit.adapters import FEW, write_adapter
 
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets")
@@ -26,9 +28,9 @@ LIGHT = [
 ]
 
 
-def heavy_after(code: str) -> list[str]:
-    """The heavy packages that a fresh Python has imported after running the code."""
-    report = f"import json, sys; print(); print(json.dumps([m for m in {HEAVY} if m in sys.modules]))"
+def heavy_after(code: str, among: Sequence[str] = HEAVY) -> list[str]:
+    """Which of some packages a fresh Python has imported after running the code."""
+    report = f"import json, sys; print(); print(json.dumps([m for m in {tuple(among)} if m in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -77,3 +79,69 @@ def test_merging_on_the_command_line_imports_nothing_heavy(tmp_path: Path) -> No
     arguments = ["merge", *options, "--weight", "0.5", "--space", "product", "--verify", "--out", str(tmp_path / "out")]
     assert heavy_after(f"from lingraft.cli import main\nmain({arguments!r}, standalone_mode=False)") == []
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+DRAWING = ("matplotlib", "PIL")
+TABLES = ("datasets", "pandas", "pyarrow", "scipy", "sklearn", "torchvision")
+TRAINING = ("lingraft.training", "lingraft.stepping", "lingraft.lottery")
+EXPERIMENT = """
+name: small
+backbone: {model: model, dtype: float32}
+task: topics
+targets: [sw]
+development: [tr]
+reference: {text: "udhr/{language}.txt"}
+data_dir: bundled
+"""
+SWAHILI = "--model model --language sw --data-dir bundled --dtype float32 --out out"
+VERBS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "tasks": ("tasks", (*HEAVY, *TABLES, *DRAWING, "numpy", "safetensors", "filelock", "lingraft.plan")),
+    "methods": ("methods", (*HEAVY, *TABLES, *DRAWING, "numpy", "safetensors", "filelock", "lingraft.plan")),
+    "schema": ("schema", (*HEAVY, *TABLES, *DRAWING, "numpy", "rich", "lingraft.plan")),
+    "merge": (
+        "merge --task task --target-ref target --source-ref source --weight 1 --out out",
+        (*HEAVY, *TABLES, *DRAWING, "rich", "lingraft.plan"),
+    ),
+    "divergence": (
+        "divergence --target-ref target --source-ref source --out out",
+        (*HEAVY, *TABLES, *DRAWING, "rich", "lingraft.plan"),
+    ),
+    "inspect": ("inspect task target", (*HEAVY, *TABLES, *DRAWING, "lingraft.plan")),
+    "plan": ("run experiment.yaml --dry-run --out out", (*HEAVY, *TABLES, *DRAWING, "lingraft.backbones")),
+    "evaluate": (
+        f"evaluate --task topics --limit 2 {SWAHILI}",
+        (*TABLES, *TRAINING, "matplotlib", "peft", "lingraft.plan"),
+    ),
+    "train": (
+        f"train --task clm --text udhr/{{language}}.txt {SWAHILI} training.epochs=0.1 reference.max_segments=4 "
+        "reference.segment_tokens=32",
+        (*TABLES, "matplotlib", "lingraft.evaluation", "lingraft.plan"),
+    ),
+}
+"""By the verb, what is asked, and what it has no use for."""
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an experiment, a model and three adapters."""
+    folder = tmp_path_factory.mktemp("asked")
+    (folder / "experiment.yaml").write_text(EXPERIMENT)
+    save_tiny_model(folder / "model")
+    for seed, name in enumerate(("task", "target", "source")):
+        write_adapter(folder / name, seed, shapes=FEW)
+    return folder
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_a_verb_imports_what_it_needs(asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(asked)
+    text, absent = VERBS[name]
+    arguments = [str(tmp_path / "out") if word == "out" else word for word in text.split()]
+    code = f"from lingraft.cli import main\nmain({arguments!r}, standalone_mode=False)"
+    assert heavy_after(code, absent) == []
+
+
+def test_the_package_is_run_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "lingraft", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Usage: lingraft ")

@@ -19,12 +19,13 @@ from lingraft.config import (
     FusionConfig,
     MixupConfig,
     ReferenceConfig,
+    SpeedConfig,
     TrainingConfig,
     parse_override,
     parse_yaml,
     validated,
 )
-from lingraft.digests import digest_file
+from lingraft.digests import digest_file, digest_value
 from lingraft.errors import ConfigError, UserError, suggestion
 from lingraft.fusion.stages import TENSORS, SecondStage, second_adapter, second_stage
 from lingraft.stacks import is_stack, load_stack, stack_digest
@@ -60,6 +61,24 @@ def _groups(overrides: Sequence[str], groups: dict[str, type[Config]]) -> dict[s
     return {name: validated(model, trees[name]) for name, model in groups.items() if name != "reference"} | (
         {"reference": trees["reference"]} if "reference" in groups else {}
     )
+
+
+_ASKED = ("compile", "attention", "kernels")
+"""The values of `speed` that mean something where nothing is trained."""
+
+
+def _check_speed(speed: SpeedConfig, family: str, second: str | None) -> None:
+    """Refuses what one training cannot have.
+
+    Raises:
+        UserError: There is some of it.
+    """
+    if "together" in speed.model_fields_set:
+        raise UserError("speed.together: one adapter is trained here", remedy="leave it out, or give an experiment")
+    lost = speed.lost_behind_prefixes
+    if lost and (family == "prefix" or second in ("fused", "fused-mt", "mixup")):
+        why = "--adapter prefix" if family == "prefix" else f"--second {second}"
+        raise UserError(f"{', '.join(f'speed.{name}' for name in lost)}: not with {why}", remedy="leave it out")
 
 
 def _backbone(options: dict[str, Any]) -> Any:
@@ -162,7 +181,7 @@ def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options:
 
     overrides = [f"adapter.family={options['adapter']}", *overrides]
     models: dict[str, type[Config]] = {"adapter": AdapterConfig, "training": TrainingConfig}
-    models |= {"reference": ReferenceConfig, "fusion": FusionConfig, "mixup": MixupConfig}
+    models |= {"reference": ReferenceConfig, "fusion": FusionConfig, "mixup": MixupConfig, "speed": SpeedConfig}
     groups = _groups(overrides, models)
     adapter, values = groups["adapter"], groups["training"]
     data_dir, language = bundled_or(options["data_dir"]), options["language"]
@@ -173,6 +192,7 @@ def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options:
     else:
         options["second"] = options["second"] or "fused"
         _check_two_stages(options, groups)
+    _check_speed(groups["speed"], adapter.family, options["second"])
     if plain_text:
         if options["text"] is None or data_dir is None:
             raise UserError(
@@ -228,7 +248,7 @@ def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options:
         **({"beneath": [stack_digest(folder) for folder in options["beneath"]]} if beneath else {}),
     }
     with appearing(out, record) as work, Watcher(as_json) as watcher:
-        backbone = Backbone(located)
+        backbone = Backbone(located, groups["speed"])
         if plain_text:
             sequences = reading.of_text(backbone, text.lines(), reference)
         else:
@@ -310,13 +330,19 @@ def _adapter_record(folders: Sequence[Path], stage: SecondStage | None) -> dict[
     }
 
 
-def evaluate_model(out: Path, as_json: bool, **options: Any) -> dict[str, Any] | None:
+def evaluate_model(overrides: Sequence[str], out: Path, as_json: bool, **options: Any) -> dict[str, Any] | None:
     """`lingraft evaluate`."""
     from lingraft.store import appearing, write_json
     from lingraft.tasks.items import subset
     from lingraft.tasks.sources import bundled_or
     from lingraft.tasks.table import find_task
 
+    speed: SpeedConfig = _groups(overrides, {"speed": SpeedConfig})["speed"]
+    if unread := sorted(speed.model_fields_set - set(_ASKED)):
+        raise UserError(
+            f"{', '.join(f'speed.{name}' for name in unread)}: of a training",
+            remedy=f"leave it out; {', '.join(f'speed.{name}' for name in _ASKED)} can be set",
+        )
     task, prompt, split = (
         find_task(options["task"], _own_tasks(options["tasks_file"])),
         options["prompt"],
@@ -337,7 +363,8 @@ def evaluate_model(out: Path, as_json: bool, **options: Any) -> dict[str, Any] |
     from lingraft.backbones import Backbone, training_stack
 
     training_stack()
-    from lingraft.evaluation import Asking, ask
+    from lingraft.evaluation import Asking, Questions, ask
+    from lingraft.journal import JOURNAL
     from lingraft.locating import architecture_of
     from lingraft.predictions import write_answers
     from lingraft.serving import served_head
@@ -365,20 +392,19 @@ def evaluate_model(out: Path, as_json: bool, **options: Any) -> dict[str, Any] |
     counts = {"without_counterpart": skipped} if skipped else {}
     with appearing(out, record) as work, Watcher(as_json) as watcher:
         watcher.begin(f"evaluate {task.name} {options['language']}")
-        said = ask(
-            Backbone(located),
-            adapters,
-            examples,
-            Asking(
-                scoring=scoring,
-                normalised=options["normalised"],
-                new_tokens=wording.new_tokens,
-                stop=wording.stop,
-                max_length=options["max_length"],
-            ),
-            progress=lambda done, total: watcher.progress(done, total, ""),
+        asking = Asking(
+            scoring=scoring,
+            normalised=options["normalised"],
+            new_tokens=wording.new_tokens,
+            stop=wording.stop,
+            max_length=options["max_length"],
         )
+        backbone = Backbone(located, speed)
+        questions = Questions(backbone, examples, asking)
+        journal = questions.journal(work / JOURNAL, digest_value(record))
+        said = ask(backbone, adapters, questions, None, lambda done, total: watcher.progress(done, total, ""), journal)
         scores = write_answers(work, said, task.rule(prompt), options["language"], list(task.answers))
+        journal.close()
         if counts:
             write_json(work / "extra.json", counts)
     if as_json:

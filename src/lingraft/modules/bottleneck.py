@@ -16,8 +16,9 @@ plus residual (MAD-X: Pfeiffer et al., 2020, arXiv:2005.00052, section 3.2, wher
 Several active adapters act one after the other, each on what the one before gives (MAD-X's stacking: language, then task).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -165,17 +166,30 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             … × d, in the dtype of the base layer's output; every adapter computes in its own (float32, unless somebody cast it).
         """
         names = [] if self.disable_adapters else [n for n in self.active_adapters if n in self.bottleneck_down]
+        return self.acted([partial(self.branch, name) for name in names], x, *args, **kwargs)
+
+    def acted(
+        self, branches: Sequence[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """The base layer's output with branches, one after the other.
+
+        Args:
+            branches: What each adds to what it reads.
+            x: As for `forward`, like the rest.
+            *args: More of the base layer's arguments.
+            **kwargs: More of the base layer's arguments.
+        """
         base_layer = self.base_layer
         if self.on_norm:
-            for name in names:  # A norm takes what it was built for: the sum keeps its dtype.
-                x = (x + self._branch(name, base_layer(x, *args, **kwargs))).to(x.dtype)
+            for branch in branches:  # A norm takes what it was built for: the sum keeps its dtype.
+                x = (x + branch(base_layer(x, *args, **kwargs))).to(x.dtype)
             return base_layer(x, *args, **kwargs)
         base = result = base_layer(x, *args, **kwargs)
-        for name in names:
-            result = result + self._branch(name, result)
+        for branch in branches:
+            result = result + branch(result)
         return result.to(base.dtype)
 
-    def _branch(self, name: str, states: torch.Tensor) -> torch.Tensor:
+    def branch(self, name: str, states: torch.Tensor) -> torch.Tensor:
         """up(act(down(states))) of one adapter."""
         down = self.bottleneck_down[name]
         dtype: Any = down.weight.dtype

@@ -481,10 +481,11 @@ class Planner:
         if row.stack is not None:  # The method without a graft is one of them.
             weights = sorted({*weights, 1.0})
         inputs: dict[str, Step] = {}
-        for weight in weights:
-            for code in self.experiment.development if language is None else (language,):
-                for split in chosen.splits:
-                    for seed in self.judging(row):
+        # The weights of a merge one after the other: it stays on the model meanwhile.
+        for code in self.experiment.development if language is None else (language,):
+            for split in chosen.splits:
+                for seed in self.judging(row):
+                    for weight in weights:
                         inputs[f"{weight!r}/{code}/{split}/{seed}"] = self._candidate(row, weight, code, split, seed)
         config: dict[str, Any] = {"weights": weights, "criterion": _CRITERION[row.criterion]}
         if row.neutral:

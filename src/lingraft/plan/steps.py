@@ -14,7 +14,7 @@ from lingraft.config import Experiment
 from lingraft.digests import digest_value
 
 VERSIONS = {
-    "train": 1,
+    "train": 2,
     "merge": 1,
     "predict": 1,
     "score": 2,

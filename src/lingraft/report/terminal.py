@@ -20,7 +20,6 @@ from lingraft.report.tables import (
     weight_table,
 )
 from lingraft.report.tables import Table as Figures
-from lingraft.report.tuning import tuning_table
 
 
 def show(found: dict[str, Any], console: Console, published: Figures | None = None) -> None:
@@ -64,6 +63,8 @@ def _table(title: str, header: list[str], rows: list[list[str]], console: Consol
 
 def show_tuning(found: dict[str, Any], titles: dict[str, str], console: Console) -> None:
     """Prints how every method's weights do on the development languages."""
+    from lingraft.report.tuning import tuning_table  # Only a plan's figures need what plans are made with.
+
     header, rows = tuning_table(found, titles)
     _table("Development languages: gold log-likelihood, nats; differences with 95 % intervals", header, rows, console)
 
