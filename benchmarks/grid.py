@@ -54,7 +54,7 @@ def ways(backbone: Any, items: list[Any], folders: Mapping[str, Path], place: Pa
     from peft import PeftModel
 
     from lingraft.adapter import Adapter
-    from lingraft.evaluation import Asking, grid, predict
+    from lingraft.evaluation import Asking, Questions, ask, grid, predict
     from lingraft.merging import Graft
 
     task, target, source = (Adapter.load(folders[name]) for name in NAMES)
@@ -62,16 +62,20 @@ def ways(backbone: Any, items: list[Any], folders: Mapping[str, Path], place: Pa
     def said(adapter: Any = None) -> list[Any]:
         return predict(backbone, adapter, items, max_length=4096)
 
+    def questions() -> Questions:
+        return Questions(backbone, items, Asking(max_length=4096))
+
     def bare() -> list[Any]:
-        return [said() for _ in WEIGHTS]
+        asked = questions()
+        return [ask(backbone, None, asked) for _ in WEIGHTS]
 
     def attached() -> list[Any]:
+        asked = questions()
         with backbone.with_adapter(task):
-            return [said() for _ in WEIGHTS]
+            return [ask(backbone, None, asked) for _ in WEIGHTS]
 
     def in_place() -> list[Any]:
-        asking = Asking(max_length=4096)
-        return [said for _, said in grid(backbone, task, target - source, Graft(0.0), WEIGHTS, items, asking)]
+        return [said for _, said in grid(backbone, task, target - source, Graft(0.0), WEIGHTS, questions())]
 
     def by_files() -> list[Any]:
         found = []

@@ -125,8 +125,12 @@ def _together_goal(all_found: Found) -> list[str]:
     cpu = here.get("compared", {}).get("together", {}).get("times_faster")
     note = "" if cpu is None else f"on this processor {cpu:.2f} times, for which there is no goal"
     if value is None:
-        note = "no GPU" + (f"; {note}" if note else "")
+        note = _absent_gpu(all_found) + (f"; {note}" if note else "")
     return _goal("two adapters in one pass on a GPU, times one after the other", "at least 1.5", value, 1.5, note)
+
+
+def _absent_gpu(all_found: Found) -> str:
+    return "there is one, and nothing was run on it" if all_found.get("limits", {}).get("gpu") else "there is none here"
 
 
 # Sections
@@ -175,7 +179,7 @@ def training(found: Found, limits: Found | None) -> list[str]:
         f"{found['dtype']}, LoRA of rank 8 on all linear layers, AdamW. Both sides run the loop their users run, in a process "
         "each; steps take turns. Tokens are without padding. Memory is the most a process held since its model was loaded, the "
         "model included; *beyond*: less what it held then. The share is of the greatest rate of matrix products above, and "
-        "counts only arithmetic that a step cannot do without (`training.flops`).",
+        "counts what the layers multiply for every token, and the vocabulary's product where there is a loss (`training.flops`).",
         "",
     ]
     for case in found["cases"].values():
@@ -185,7 +189,7 @@ def training(found: Found, limits: Found | None) -> list[str]:
             row = case["compared"].get(key, {})
             share = ""
             lanes = 2 if key == "together" else 1
-            if rate is not None:
+            if rate is not None and key != "positions":  # Of another arithmetic.
                 shares = [lanes * g / s / rate for g, s in zip(case["gflop"], way["seconds"], strict=True)]
                 share = f"{statistics.median(shares):.0%}"
             apart = row.get("largest_loss_difference")
@@ -381,7 +385,7 @@ def unmeasured(all_found: Found) -> list[str]:
         if name not in all_found
     ]
     if "training-gpu" not in all_found:
-        lines.append("- GPU: not measured: no GPU. All of the above is of a processor.")
+        lines.append(f"- GPU: {ABSENT} ({_absent_gpu(all_found)}). All of the above is of a processor.")
     ways = {key for case in all_found.get("training", {}).get("cases", {}).values() for key in case["ways"]}
     titles = all_found.get("training", {}).get("titles", {})
     lines += [f"- Training with {title}: {ABSENT}." for key, title in titles.items() if key not in ways]
@@ -406,7 +410,7 @@ def page(all_found: Found, plot: str | None) -> str:
         "",
         f"{some['date']}; commit {', '.join(commits)}; {where['cores']} cores of {where['processor']}, "
         f"{where['memory_gib']} GiB, {some['threads']} threads; {listed}.",
-        f"Medians of {some['rounds']} [least, most]; what is compared takes turns in one run.",
+        f"Medians of {some['rounds']} [least, most] where nothing else is said; what is compared takes turns in one run.",
         "",
         *goals(all_found),
     ]

@@ -205,7 +205,7 @@ def _without_dropout(model: Path, folder: Path) -> Path:
 
 
 def flops(model: Any, items: Sequence[Mapping[str, Any]], rank: int) -> float:
-    """The arithmetic a step cannot do without, in GFLOP: two a weight and token for every product that is needed.
+    """The arithmetic of a step, in GFLOP: two a weight and token for every product whose result is used.
 
     Frozen layers: forward, and the gradient of their input, which the first layer's query, key and value need not have. LoRA:
     forward and both gradients. Attention: scores and values forward, and twice that backward; of a causal one the half that is

@@ -743,7 +743,8 @@ def environment(backbone: Backbone | None = None) -> dict[str, Any]:
         "numpy": np.__version__,
     }
     if backbone is not None:
-        import peft
+        from importlib.metadata import version
+
         import torch
         import transformers
 
@@ -753,7 +754,7 @@ def environment(backbone: Backbone | None = None) -> dict[str, Any]:
             "dtype": str(backbone.dtype).removeprefix("torch."),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "peft": peft.__version__,
+            "peft": version("peft"),
             "attention": str(getattr(backbone.model.config, "_attn_implementation", None)),
             "kernels": backbone.kernels,
             "compile": backbone.speed.compile,

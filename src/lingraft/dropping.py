@@ -42,7 +42,8 @@ def places_of(count: int, share: float, seed: Sequence[int]) -> np.ndarray[Any, 
     parts: list[np.ndarray[Any, Any]] = []
     last = -1
     while last < count:
-        gaps = (rng.standard_exponential(size, dtype=np.float32) * np.float32(per_gap)).astype(np.int64)
+        gaps = rng.standard_exponential(size, dtype=np.float32) * np.float32(per_gap)
+        gaps = np.minimum(gaps, count).astype(np.int64)  # A chance of almost nothing has gaps beyond any integer.
         parts.append(np.cumsum(gaps + 1) + last)
         last = int(parts[-1][-1])
     found = parts[0] if len(parts) == 1 else np.concatenate(parts)

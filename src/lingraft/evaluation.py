@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lingraft import encoding, generation, likelihood, transduction
+from lingraft import __version__, encoding, generation, likelihood, transduction
 from lingraft.adapter import Adapter
 from lingraft.backbones import Backbone, environment
 from lingraft.digests import digest_value
@@ -99,7 +99,7 @@ class Questions:
             path: Its file.
             adapter: A digest of what is on the model.
         """
-        return Journal(path, digest_value([self._digest, adapter, environment(self.backbone)]))
+        return Journal(path, digest_value([__version__, self._digest, adapter, environment(self.backbone)]))
 
     @cached_property
     def _digest(self) -> str:
@@ -225,7 +225,8 @@ def grid(
         UserError: As `ask`.
     """
     questions = examples if isinstance(examples, Questions) else Questions(backbone, examples, asking)
-    if not is_line(graft, task):
+    # An encoder answers by a head, which is its adapter's.
+    if backbone.kind == "encoder" or not is_line(graft, task):
         for weight in weights:
             yield weight, ask(backbone, replace(graft, weight=weight).onto(task, divergence), questions, None, progress)
         return

@@ -135,7 +135,9 @@ class Session:
         from lingraft.live import grafted, is_line
 
         graft = step.config["graft"]
-        if graft is None or "beneath" in graft or {"beneath", "adapter"} & set(step.inputs):
+        if graft is None or self._loaded.kind == "encoder":  # An encoder answers by a head, which is its adapter's.
+            return None
+        if "beneath" in graft or {"beneath", "adapter"} & set(step.inputs):
             return None
         inputs = {role: step.inputs[role].key for role in ("task", "target_ref", "source_ref")}
         key = digest_value([inputs, {k: v for k, v in graft.items() if k != "weight"}])

@@ -102,4 +102,5 @@ def random_layers(model: Any) -> str | None:
         if isinstance(module, torch.nn.Dropout) and module.p > 0:
             return name
     values = model.config.get_text_config().to_dict()
-    return next((n for n, v in values.items() if "drop" in n and isinstance(v, int | float) and v > 0), None)
+    drawn = (n for n in values if "drop" in n or "jitter" in n)
+    return next((n for n in drawn if isinstance(values[n], int | float) and values[n] > 0), None)

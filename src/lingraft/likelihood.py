@@ -139,6 +139,11 @@ def _whole(
     excess = len(prefix) + shared + (longest or len(rest)) - max_length
     text = example.prompt + completion
     kept = (*prefix, *cut(backbone, text, ids, excess, example.cuttables, example.id))
+    if len(kept) <= len(rest):
+        raise DataError(
+            f"item {example.id}: nothing is left to read before the answer ({len(rest)} tokens)",
+            remedy="raise max_length, or give a prompt",
+        )
     before = len(prefix) + shared_start([prompt, ids]) - max(0, excess)
     asked = tuple((token,) for token in rest)
     return Query(kept, len(kept) - len(rest) - 1, asked, excess > 0, max(1, before))
@@ -282,7 +287,7 @@ def _batched(backbone: Backbone, items: Sequence[Item], start: int, batch_tokens
     room = rows = 0
     for number in sorted(set(range(len(items))) - set(shared), key=lambda n: (-longest[n], n)):
         rows += len(items[number])
-        if not found or rows * room > batch_tokens:
+        if not found or rows * room > batch_tokens or rows * (start + room) > _COPIED * batch_tokens:
             found.append([])
             rows, room = len(items[number]), longest[number] - start
         found[-1].append(number)
@@ -363,7 +368,7 @@ def _each(backbone: Backbone, items: Sequence[Item], begun: _Start, batch_tokens
     found: list[list[list[float]]] = [[[] for _ in item] for item in items]
     while places:  # An item of very many rows is read in several parts.
         width = len(items[places[0][0]][places[0][1]].ids) - begun.length
-        count = max(1, batch_tokens // width)
+        count = max(1, min(batch_tokens // width, _COPIED * batch_tokens // (begun.length + width)))
         part, places = places[:count], places[count:]
         queries = [items[n][r] for n, r in part]
         states = _states_of(backbone, queries, begun)

@@ -62,11 +62,11 @@ def _dispatches(model: Any) -> bool:
 
 
 def _recomputes(model: Any) -> bool:
-    """Whether gradient checkpointing is on, by its newer name and the older one."""
+    """Whether gradient checkpointing is on and the model in training, by its newer name and the older one."""
     name = (
         "is_activation_checkpointing" if hasattr(model, "is_activation_checkpointing") else "is_gradient_checkpointing"
     )
-    return bool(getattr(model, name, False))
+    return bool(model.training and getattr(model, name, False))
 
 
 def attention_shape(model: Any) -> tuple[int, int, int]:
@@ -285,7 +285,7 @@ def in_front(model: Any, prefix: torch.Tensor) -> Iterator[None]:
     takes = inspect.signature(model.base_model.forward).parameters
 
     def before(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if module.training and _recomputes(model):
+        if _recomputes(model):
             raise AdapterError(
                 "a prefix cannot be trained with gradient checkpointing, which loses its keys and values",
                 remedy="switch it off: model.gradient_checkpointing_disable()",

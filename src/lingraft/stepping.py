@@ -253,9 +253,10 @@ class Learner:
             held_out_loss: Computes the loss of what is held out.
 
         Raises:
-            LingraftError: The loss became NaN or infinite.
+            LingraftError: The loss or its gradients became NaN or infinite.
         """
         check_loss(loss, self.done, self.total)
+        check_loss(norm, self.done, self.total, "gradients' norm")
         self.done += 1
         self._tokens += sum(self._lengths[i] for i in self._batch)
         note = {
@@ -464,15 +465,15 @@ class _Best:
         return figures
 
 
-def check_loss(value: float, step: int, total: int) -> None:
-    """Stops a training whose loss is no number.
+def check_loss(value: float, step: int, total: int, what: str = "loss") -> None:
+    """Stops a training whose loss, or gradient, is no number.
 
     Raises:
         LingraftError: It is not.
     """
     if not math.isfinite(value):
         raise LingraftError(
-            f"the loss became {value} at step {step + 1} of {total}",
+            f"the {what} became {value} at step {step + 1} of {total}",
             remedy="lower the learning rate or use float32",
         )
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -13,10 +14,14 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 def run(script: str, *arguments: str) -> None:
     """In this process, which has torch already; what is measured in processes of its own starts them itself."""
+    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patched:
         patched.syspath_prepend(str(BENCHMARKS))
         patched.setattr(sys, "argv", [script, *arguments])
-        importlib.import_module(script).main()
+        try:
+            importlib.import_module(script).main()
+        finally:
+            torch.set_num_threads(threads)  # Other tests compare bytes with processes of their own.
 
 
 def quick(script: str, folder: Path, *arguments: str) -> None:

@@ -228,8 +228,8 @@ def test_the_source_language_is_asked_once_for_methods_that_are_the_same_there(f
 def test_an_interrupted_second_stage_goes_on_to_the_same_bytes(
     kind: str, method: str, finished: Any, models: dict[str, Path], nllb: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    assert training.train.__kwdefaults__ is not None
-    monkeypatch.setitem(training.train.__kwdefaults__, "checkpoint_seconds", 0.0)
+    assert training.train_one.__kwdefaults__ is not None
+    monkeypatch.setitem(training.train_one.__kwdefaults__, "checkpoint_seconds", 0.0)
     path = write_experiment(tmp_path, models[kind], nllb, [f"'{method}'"])
     at: list[Step] = []
 
@@ -259,7 +259,7 @@ def test_a_run_killed_in_a_second_stage_ends_in_the_same_bytes(
         "from lingraft.config import load_experiment\n"
         "from lingraft.runner import Events, run\n"
         "from pathlib import Path\n"
-        "training.train.__kwdefaults__['checkpoint_seconds'] = 0.0\n"
+        "training.train_one.__kwdefaults__['checkpoint_seconds'] = 0.0\n"
         "at = []\n"
         "def kill(done, total, note):\n"
         "    if at and 'flare-mt' in at[-1] and at[-1].startswith('train') and done == 3:\n"

@@ -63,7 +63,7 @@ def test_states_and_gradients_are_pefts(rows: int, length: int, seed: int) -> No
     model = wrapped()
     usual = gradients(model, x)
     quicken(model, Rows())
-    same(usual, gradients(model, x))
+    same(usual, gradients(model, x), 1e-4)
     with torch.inference_mode():
         torch.testing.assert_close(model(x), usual["out"])
 
@@ -300,9 +300,10 @@ def test_the_first_layer_asks_for_no_gradient_of_what_it_reads() -> None:
     quicken(model, Rows())
     out = model(torch.randn(2, 3, 6))
     out.sum().backward()
-    node = out.grad_fn
+    assert out.grad_fn is not None
+    node = out.grad_fn.next_functions[0][0]  # behind a view
     assert node is not None
     below = [edge for edge, _ in node.next_functions if edge is not None]
     assert len(below) == 3  # what was read, and two factors
-    first = next(edge for edge in below if "Tanh" in edge.name()).next_functions[0][0]
+    first = next(edge for edge in below if "Tanh" in edge.name()).next_functions[0][0].next_functions[0][0]
     assert first.next_functions[0][0] is None

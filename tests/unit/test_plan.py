@@ -178,14 +178,14 @@ def test_keys_are_the_same_as_ever(fixed: dict[str, Any]):
 
 
 GOLDEN = {
-    "train mine en seed 0": "b82c4d4847c401e27883b163",
-    "train clm sw seed 0": "64237bfe10a0ccefd2e81616",
+    "train mine en seed 0": "c2896b5128a9b0ebc1337cdd",
+    "train clm sw seed 0": "c110c189479e3f13d19e616f",
     "predict vanilla sw test": "43876b14abd4a7b6585ba19a",
-    "predict adamergex λ=0.5 seed 0 tr validation": "2140c8471f56a7a996eaf666",
+    "predict adamergex λ=0.5 seed 0 tr validation": "465c44efe4ea925d2be77428",
     "score vanilla sw test": "81c5dcb37fd9ad15e57c9acb",
-    "select λ of adamergex": "8bc2ea99687f03e19848c7be",
-    "merge adamergex-product sw seed 0": "058d8d486d017e8e526962df",
-    "compare references sw en seed 0": "d5fe0977e5a8927d5a7f67de",
+    "select λ of adamergex": "02d416d3820a2f8025bd64ce",
+    "merge adamergex-product sw seed 0": "4255851dbf8da10b3cd2efe8",
+    "compare references sw en seed 0": "c6034a7956579b8088138faa",
 }
 
 

@@ -333,16 +333,16 @@ def test_under_the_paper_s_protocol_a_language_without_test_items_has_no_figure(
 
 
 GOLDEN: dict[str, str] = {
-    "train madx clm sw seed 0": "407c88d20b46d865c0f58673",
-    "train madx mine en seed 0": "f2172a339fd731602495d85b",
-    "train lfsft clm sw seed 0": "ec219ee7b9af8893827146ac",
-    "train lfsft mine en seed 0": "c190ca3606a62da225dd8368",
-    "predict madx seed 0 sw test": "27fc1167bf43d32e8ce46382",
-    "predict madx-graft λ=0.5 seed 0 tr validation": "fe56cac01edf8c284922c49c",
-    "predict lfsft-graft λ=0 seed 0 tr validation": "4b2cbee447e7406b190fe35c",
-    "select λ of madx-graft": "23f11893cea87339cbd1cfdf",
-    "merge madx-graft sw seed 0": "0a319bdc0540f6805de1e51d",
-    "merge lfsft-graft sw seed 0": "8624733178a59bd6c87863eb",
+    "train madx clm sw seed 0": "f55ed29aaef53ab8d24db138",
+    "train madx mine en seed 0": "1fb38b6e267202d76a0c5ab0",
+    "train lfsft clm sw seed 0": "4be39a055da76fe4a4e7b755",
+    "train lfsft mine en seed 0": "64d0ec3afe661b138fd1d61e",
+    "predict madx seed 0 sw test": "b79984a4bbf0fefa42a4a486",
+    "predict madx-graft λ=0.5 seed 0 tr validation": "b3dfb3ad48a50f8ebf2f5869",
+    "predict lfsft-graft λ=0 seed 0 tr validation": "9923f4204ce52ea8e1fd95bb",
+    "select λ of madx-graft": "d2239132198f19a8b784bec5",
+    "merge madx-graft sw seed 0": "f7c5e9fb4a9175e87831354d",
+    "merge lfsft-graft sw seed 0": "14ecf78d72e47085abfadfba",
 }
 
 

@@ -55,9 +55,9 @@ class _LowRank(torch.autograd.Function):
         *factors: torch.Tensor,
     ) -> torch.Tensor:
         dtype: Any = given.dtype if weight is None else weight.dtype  # pyright: ignore[reportOptionalMemberAccess]
-        flat = x.reshape(-1, x.shape[-1]).to(dtype)
+        flat = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
         out = (
-            given.reshape(-1, given.shape[-1]).clone()  # pyright: ignore[reportOptionalMemberAccess]
+            given.reshape(-1, given.shape[-1]).clone(memory_format=torch.contiguous_format)  # pyright: ignore[reportOptionalMemberAccess]
             if weight is None
             else torch.nn.functional.linear(flat, weight, bias)
         )
@@ -68,7 +68,7 @@ class _LowRank(torch.autograd.Function):
             lowered.append(h)
         ctx.save_for_backward(flat, weight, *factors, *lowered)
         ctx.pieces, ctx.shape, ctx.dtype = pieces, x.shape, x.dtype
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return out
 
     @staticmethod
     @once_differentiable
@@ -100,7 +100,14 @@ class _LowRank(torch.autograd.Function):
                 below[here] += dropped(through @ a.to(dtype), piece.places, fresh=True)
         if below is not None:
             below = below.view(ctx.shape).to(ctx.dtype)
-        return below, None, None, upstream[0] if ctx.needs_input_grad[3] else None, None, *found
+        return (
+            below,
+            None,
+            None,
+            upstream[0].reshape(*ctx.shape[:-1], upstream[0].shape[-1]) if ctx.needs_input_grad[3] else None,
+            None,
+            *found,
+        )
 
 
 def _forward(layer: Any, rows: Rows, number: int, usual: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -129,9 +136,10 @@ def _forward(layer: Any, rows: Rows, number: int, usual: Any, x: torch.Tensor, *
         pieces.append(_Piece(span.start * each, span.stop * each, scaling, places))
         factors += [layer.lora_A[name].weight, layer.lora_B[name].weight]
     base = layer.base_layer
-    if _bare(base):
-        return _LowRank.apply(x, base.weight, base.bias, None, pieces, *factors)
-    return _LowRank.apply(x, None, None, base(x), pieces, *factors)
+    own = (base.weight, base.bias, None) if _bare(base) else (None, None, base(x))
+    out: Any = _LowRank.apply(x, *own, pieces, *factors)
+    # Viewed here: autograd lets nobody write over a view that a function of one's own gives (OLMo clips q, k and v in place).
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def _spans(x: torch.Tensor, lanes: Sequence[tuple[str, int]]) -> list[slice]:
@@ -155,7 +163,16 @@ def _plain(layer: Any, name: str) -> bool:
 def _bare(base: Any) -> bool:
     """Whether a base layer is a linear map that nothing else listens to or changes."""
     listens = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    return type(base) is torch.nn.Linear and not listens and not base.weight.requires_grad
+    if (
+        type(base) is not torch.nn.Linear
+        or listens
+        or "forward" in vars(base)
+        or any(p.requires_grad for p in base.parameters())
+    ):
+        return False
+    # Autocast makes one type of weights in several: T5's `wo` stays in float32 where the rest is in float16.
+    device = base.weight.device.type
+    return not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) == base.weight.dtype
 
 
 def quicken(model: torch.nn.Module, rows: Rows) -> None:
