@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from lingraft import evaluation, live
+from lingraft.adapter import Adapter
 from lingraft.backbones import Backbone
-from lingraft.config import load_experiment
+from lingraft.config import AdapterConfig, BackboneConfig, TrainingConfig, load_experiment
+from lingraft.encoding import labelled_sequences, masked_sequences
 from lingraft.errors import AdapterError
 from lingraft.evaluation import Asking, Questions, ask, grid
 from lingraft.execution import Session, execute
+from lingraft.heads import Head
 from lingraft.locating import locate
 from lingraft.merging import Graft
 from lingraft.plan import Step, make_plan
@@ -20,6 +23,8 @@ from lingraft.predictions import read_predictions
 from lingraft.runner import run
 from lingraft.store import Store
 from lingraft.tasks.items import Example
+from lingraft.training import train
+from tests.conftest import save_tiny_model
 from tests.integration.test_pipeline import make_experiment
 from tests.unit.test_live import HOW, logits, parts
 
@@ -172,3 +177,23 @@ def test_a_step_that_fails_takes_the_merge_off(
     with pytest.raises((KeyboardInterrupt, AdapterError)):
         execute(steps[1], session, tmp_path / "b")
     assert torch.equal(logits(session._loaded), base)  # pyright: ignore[reportPrivateUsage]
+
+
+def test_a_grid_on_an_encoder_answers_by_the_task_s_head(tmp_path: Path) -> None:
+    backbone = Backbone(locate(BackboneConfig(model=str(save_tiny_model(tmp_path / "bert", "bert")), dtype="float32")))
+    head, values = Head("classification", 2), TrainingConfig(epochs=1, batch_size=2, learning_rate=0.05)
+    items = [Example(str(n), "", ("a", "b"), n % 2, parts=(f"text {'x' * n}",)) for n in range(4)]
+    learned = {
+        "task": labelled_sequences(backbone, items, head, 32).sequences,
+        "target": masked_sequences(backbone, [list(range(5, 25))] * 2),
+        "source": masked_sequences(backbone, [list(range(30, 50))] * 2),
+    }
+    for name, sequences in learned.items():
+        (tmp_path / name).mkdir()
+        own = head if name == "task" else None
+        train(backbone, sequences, tmp_path / name, adapter=AdapterConfig(rank=2, dropout=0), training=values, head=own)
+    task, target, source = (Adapter.load(tmp_path / name) for name in learned)
+    found = dict(grid(backbone, task, target - source, Graft(0.5), (0.0, 0.5), items))
+    assert found[0.0] == ask(backbone, task, items)
+    assert found[0.5] == ask(backbone, task + 0.5 * (target - source), items)
+    assert found[0.5] != found[0.0]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,6 +12,7 @@ from lingraft import caching, likelihood
 from lingraft.adapter import Adapter
 from lingraft.backbones import Backbone
 from lingraft.config import BackboneConfig
+from lingraft.errors import DataError
 from lingraft.evaluation import Asking, ask, predict
 from lingraft.locating import locate
 from lingraft.tasks.items import Example
@@ -143,3 +145,28 @@ def test_padding_does_not_stand_between_a_prefix_and_a_text_in_a_layer_with_a_wi
     with model.with_adapter(adapters["prefix"]):
         assert caching.pads_in_front(model) is not windowed
     assert windowed is (model.model.config.model_type in ("gemma3_text", "mistral"))
+
+
+def test_copies_of_a_common_start_are_bounded(model: Backbone) -> None:
+    """Its columns are copied for every row of a batch: they count, too."""
+    start, budget = "w" * 200, 64
+    examples = [Example(str(n), f"{start}{'z' * (n % 5)}:", (" a", " b"), 0) for n in range(40)]
+    columns: list[int] = []
+
+    def look(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        cache = given.get("past_key_values")
+        columns.append(len(given["input_ids"]) * (0 if cache is None else cache.get_seq_length()))
+
+    handle = model.model.base_model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        predict(model, None, examples, batch_tokens=budget)
+    finally:
+        handle.remove()
+    assert 0 < max(columns) <= likelihood._COPIED * budget  # pyright: ignore[reportPrivateUsage]
+
+
+@pytest.mark.parametrize("scoring", ["auto", "sequence"])
+def test_an_answer_with_nothing_before_it_is_refused(model: Backbone, scoring: str) -> None:
+    long = Example("long", "abc", ("x" * 30, "xy", "z"), 0)
+    with pytest.raises(DataError, match="long: nothing is left to read before the answer"):
+        predict(model, None, [long], scoring=scoring, max_length=16)

@@ -307,3 +307,53 @@ def test_the_first_layer_asks_for_no_gradient_of_what_it_reads() -> None:
     assert len(below) == 3  # what was read, and two factors
     first = next(edge for edge in below if "Tanh" in edge.name()).next_functions[0][0].next_functions[0][0]
     assert first.next_functions[0][0] is None
+
+
+def test_what_a_layer_gives_may_be_written_over() -> None:
+    """OLMo clips queries, keys and values in place."""
+
+    class Clipping(Two):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first = self.first(x)
+            first.clamp_(-0.5, 0.5)
+            return self.second(first)
+
+    torch.manual_seed(0)
+    model = get_peft_model(Clipping(), LoraConfig(r=3, target_modules=["first", "second"], init_lora_weights=False))
+    x = torch.randn(3, 4, 6)
+    usual = gradients(model, x)
+    quicken(model, Rows())
+    same(usual, gradients(model, x))
+
+
+@pytest.mark.parametrize("cut", ["first token", "channels"])
+def test_states_that_are_cut_out_of_others_are_dropped_out_too(cut: str) -> None:
+    class Cutting(Two):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(torch.tanh(self.first(x[:, 0] if cut == "first token" else x[..., :6])))
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=3, target_modules=["first", "second"], lora_dropout=0.5, init_lora_weights=False)
+    model = get_peft_model(Cutting(), config).train()
+    rows = Rows(segments=(Segment(0, 0, 4, 1), Segment(1, 0, 4, 2)))
+    quicken(model, rows)
+    x = torch.randn(2, 4, 6 if cut == "first token" else 9, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad is not None and bool(torch.isfinite(x.grad).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_layer_in_another_type_than_autocast_s_is_as_in_peft(dtype: torch.dtype) -> None:
+    """T5's `wo` stays in float32 where the rest of the model is in float16."""
+    model, x = wrapped(), torch.randn(3, 4, 6)
+    model.base_model.model.second.base_layer.to(dtype)
+    with torch.autocast("cpu", dtype):
+        usual = gradients(model, x)
+        quicken(model, Rows())
+        found = gradients(model, x)
+    assert found["out"].dtype == usual["out"].dtype
+    same({k: v.float() for k, v in usual.items()}, {k: v.float() for k, v in found.items()}, 0.03)
+
+
+def test_a_chance_of_almost_nothing_drops_almost_nothing() -> None:
+    assert sum(len(places_of(1000, 1e-18, (seed, 1))) for seed in range(50)) == 0

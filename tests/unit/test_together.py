@@ -22,7 +22,7 @@ from lingraft.config import AdapterConfig, BackboneConfig, SpeedConfig, Training
 from lingraft.encoding import labelled_sequences, masked_sequences
 from lingraft.errors import LingraftError, UserError
 from lingraft.heads import Head
-from lingraft.lanes import lane_name, parameters_of, side_by_side
+from lingraft.lanes import lane_name, parameters_of, random_layers, side_by_side
 from lingraft.layouts.common import CONFIG, SIDECAR
 from lingraft.locating import locate
 from lingraft.stepping import CHECKPOINT, METRICS, _mean_losses
@@ -333,3 +333,9 @@ def test_a_base_that_drops_out_is_trained_on_one_by_one(tmp_path: Path) -> None:
     backbone = Backbone(locate(BackboneConfig(model=str(folder), dtype="float32", device="cpu")))
     job = Job(sequences(backbone, "masked", 2), tmp_path, ADAPTERS["ia3"])
     assert "drops out" in str(why_apart(backbone, job, job))
+
+
+def test_noise_of_a_router_is_drawn_for_all_rows_too(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "llama", "llama", router_jitter_noise=0.01)
+    backbone = Backbone(locate(BackboneConfig(model=str(folder), dtype="float32", device="cpu")))
+    assert random_layers(backbone.model) == "router_jitter_noise"

@@ -22,7 +22,7 @@ from lingraft.batching import (
 )
 from lingraft.config import AdapterConfig, TrainingConfig
 from lingraft.errors import AdapterError, DataError, LingraftError, UserError
-from lingraft.stepping import METRICS, _resume, _save, batch_loss, learning_rate
+from lingraft.stepping import METRICS, Learner, _resume, _save, batch_loss, learning_rate
 from lingraft.structures import fresh
 from lingraft.tasks.items import Example
 from lingraft.training import hash_tensors, train
@@ -243,6 +243,18 @@ def test_a_loss_that_is_not_finite_stops_with_a_remedy(tiny: Backbone, tmp_path:
         train(tiny, answer_sequences(tiny, EXAMPLES, 128), tmp_path, adapter=SMALL, training=config)
     assert "learning rate" in (caught.value.remedy or "")
     assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_gradients_that_are_not_finite_never_reach_a_checkpoint(tmp_path: Path) -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    sequences = [TokenSequence((1, 2, 3), 1)] * 4
+    config = TrainingConfig(batch_size=1, epochs=1)
+    learner = Learner({"p": parameter}, sequences, tmp_path, config, 0, checkpoint_seconds=0)
+    parameter.grad = torch.full((2,), float("inf"))
+    norm = float(learner.update())
+    with pytest.raises(LingraftError, match="gradients' norm became"):
+        learner.note(1.0, norm, lambda one: 0.0)
+    assert not (tmp_path / "checkpoint.safetensors").exists()
 
 
 def test_nothing_to_train_on_is_said(tiny: Backbone) -> None:
