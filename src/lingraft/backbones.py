@@ -235,9 +235,9 @@ class Backbone:
             raise UserError(
                 f"texts cannot be packed for {type(self.model).__name__}: {error}", remedy=remedy
             ) from error
-        size = float(alone.abs().max())
-        near = torch.allclose(packed, alone, rtol=0, atol=size * (1e-3 if self.dtype == torch.float32 else 0.05))
-        if not torch.equal(packed, changed) or not near:
+        # By the norm: in 16 bits a single number of a deep model's states may be off by a lot.
+        apart = float((packed.float() - alone.float()).norm() / alone.float().norm())
+        if not torch.equal(packed, changed) or not apart < (1e-3 if self.dtype == torch.float32 else 0.1):
             raise UserError(
                 f"texts cannot be packed for {type(self.model).__name__}: one would see another, or stand elsewhere",
                 remedy=remedy,
