@@ -118,6 +118,7 @@ def test_checkpointing_is_of_the_training_alone(folder: Path):
     hooks = sum(len(m._forward_hooks) for m in backbone.model.modules())
     made, tensors = fresh(backbone, AdapterConfig(), 0)
     with backbone.attached(peft_config(made), tensors):
+        backbone.model.train()
         assert _recomputes(backbone.model)
     assert not _recomputes(backbone.model)
     assert sum(len(m._forward_hooks) for m in backbone.model.modules()) == hooks

@@ -41,6 +41,35 @@ class _Piece:
     places: torch.Tensor | None
 
 
+def _updated(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    given: torch.Tensor | None,
+    pieces: Sequence[_Piece],
+    factors: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """The layer's output and input, tokens × width, and what every adapter made of its tokens at its rank."""
+    dtype: Any = given.dtype if weight is None else weight.dtype  # pyright: ignore[reportOptionalMemberAccess]
+    flat = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
+    out = (
+        given.reshape(-1, given.shape[-1]).clone(memory_format=torch.contiguous_format)  # pyright: ignore[reportOptionalMemberAccess]
+        if weight is None
+        else torch.nn.functional.linear(flat, weight, bias)
+    )
+    lowered = []
+    for piece, a, b in zip(pieces, factors[::2], factors[1::2], strict=True):
+        h = dropped(_of(flat, piece), piece.places) @ a.to(dtype).T
+        _of(out, piece).addmm_(h, (b * piece.scaling).to(dtype).T)
+        lowered.append(h)
+    return out, flat, lowered
+
+
+def _of(states: torch.Tensor, piece: _Piece) -> torch.Tensor:
+    """A piece's tokens."""
+    return states if piece.last - piece.first == len(states) else states[piece.first : piece.last]
+
+
 class _LowRank(torch.autograd.Function):
     """`x·Wᵀ + b + Σ scaling · drop(x)·Aᵀ·Bᵀ`, W and b frozen; without W the first part is given."""
 
@@ -54,18 +83,7 @@ class _LowRank(torch.autograd.Function):
         pieces: Sequence[_Piece],
         *factors: torch.Tensor,
     ) -> torch.Tensor:
-        dtype: Any = given.dtype if weight is None else weight.dtype  # pyright: ignore[reportOptionalMemberAccess]
-        flat = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
-        out = (
-            given.reshape(-1, given.shape[-1]).clone(memory_format=torch.contiguous_format)  # pyright: ignore[reportOptionalMemberAccess]
-            if weight is None
-            else torch.nn.functional.linear(flat, weight, bias)
-        )
-        lowered = []
-        for piece, a, b in zip(pieces, factors[::2], factors[1::2], strict=True):
-            h = dropped(flat[piece.first : piece.last], piece.places) @ a.to(dtype).T
-            out[piece.first : piece.last].addmm_(h, (b * piece.scaling).to(dtype).T)
-            lowered.append(h)
+        out, flat, lowered = _updated(x, weight, bias, given, pieces, factors)
         ctx.save_for_backward(flat, weight, *factors, *lowered)
         ctx.pieces, ctx.shape, ctx.dtype = pieces, x.shape, x.dtype
         return out
@@ -84,20 +102,19 @@ class _LowRank(torch.autograd.Function):
         found: list[torch.Tensor | None] = []
         for number, piece in enumerate(ctx.pieces):
             a, b = factors[2 * number], factors[2 * number + 1]
-            here = slice(piece.first, piece.last)
-            mine = slope[here]
+            mine = _of(slope, piece)
             through = mine @ (b * piece.scaling).to(dtype)
             if ctx.needs_input_grad[5 + 2 * number]:
-                found.append((through.T @ dropped(flat[here], piece.places)).to(a.dtype))
+                found.append((through.T @ dropped(_of(flat, piece), piece.places)).to(a.dtype))
                 found.append((mine.T @ lowered[number]).to(b.dtype) * piece.scaling)
             else:
                 found += [None, None]
             if below is None:
                 continue
             if piece.places is None:
-                below[here].addmm_(through, a.to(dtype))
+                _of(below, piece).addmm_(through, a.to(dtype))
             else:
-                below[here] += dropped(through @ a.to(dtype), piece.places, fresh=True)
+                _of(below, piece).add_(dropped(through @ a.to(dtype), piece.places, fresh=True))
         if below is not None:
             below = below.view(ctx.shape).to(ctx.dtype)
         return (
@@ -137,7 +154,9 @@ def _forward(layer: Any, rows: Rows, number: int, usual: Any, x: torch.Tensor, *
         factors += [layer.lora_A[name].weight, layer.lora_B[name].weight]
     base = layer.base_layer
     own = (base.weight, base.bias, None) if _bare(base) else (None, None, base(x))
-    out: Any = _LowRank.apply(x, *own, pieces, *factors)
+    out: Any = (
+        _LowRank.apply(x, *own, pieces, *factors) if torch.is_grad_enabled() else _updated(x, *own, pieces, factors)[0]
+    )
     # Viewed here: autograd lets nobody write over a view that a function of one's own gives (OLMo clips q, k and v in place).
     return out.view(*x.shape[:-1], out.shape[-1])
 
