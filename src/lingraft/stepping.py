@@ -204,7 +204,7 @@ class Learner:
         self._tracking = _accelerator(trackers, out)
         self._progress, self._checkpoint_seconds = progress, checkpoint_seconds
         self._before, self._after = before_update, after_update
-        # On a GPU one kernel for many tensors; on a processor the loop over them is as fast, and older runs' bytes are its.
+        # On a GPU one kernel for many tensors.
         fused = fused or all(p.is_cuda for p in parameters.values())
         self.optimizer = torch.optim.AdamW(
             parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused or None
