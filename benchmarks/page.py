@@ -210,7 +210,8 @@ def training(found: Found, limits: Found | None) -> list[str]:
         lines += [
             f"### {case['title']}",
             "",
-            f"{case['model']}; {case['data']}; {gflop:.0f} GFLOP a step.",
+            f"{case['model']}; {case['data']}; {gflop:.0f} GFLOP a step."
+            + (f" Commit {case['commit']}." if case.get("commit") else ""),
             "",
             common.table(header, rows),
             "",
@@ -402,7 +403,10 @@ def page(all_found: Found, plot: str | None) -> str:
     listed = ", ".join(
         f"{name} {value}" for name, value in where.items() if name not in ("processor", "cores", "memory_gib")
     )
-    commits = sorted({found["commit"] for name, found in all_found.items() if name != "profile-before"})
+    shown = (found["commit"] for name, found in all_found.items() if name != "profile-before")
+    commits = sorted(
+        {one for commits in shown for one in commits.split(", ")}
+    )  # Results of several runs name them all.
     lines = [
         "# Speed",
         "",
