@@ -67,7 +67,7 @@ def test_the_page_is_of_the_results_alone(results: Path) -> None:
     first = (results / "speed.md").read_text(encoding="utf-8")
     figures = found(results, "training")["cases"]["label-exact"]["compared"]["ours"]
     assert f"{figures['times_faster']:.2f}" in first
-    assert "not measured: no GPU" in first
+    assert "GPU: not measured (" in first
     assert "scoring.json: not measured" in first
     assert (results / "speed.svg").stat().st_size > 0
     run("page", "--results", str(results))
