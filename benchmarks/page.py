@@ -345,7 +345,8 @@ def growth(found: Found) -> list[str]:
         "",
         common.table(["tasks", *(f"languages: {n}" for n in languages)], body),
         "",
-        f"A label-only training step, medians of {found['rounds']}:",
+        f"A label-only training step, {found['threads']} thread(s), medians of {found['rounds']}:"
+        + (f" {found['note']}" if found.get("note") else ""),
         "",
     ]
     for title, name, rows in steps:

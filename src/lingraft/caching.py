@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from lingraft.backbones import Backbone
-from lingraft.prefixes import refusal
+from lingraft.prefixes import refuses_keys
 
 
 def keeps_keys(backbone: Backbone) -> bool:
@@ -21,7 +21,7 @@ def keeps_keys(backbone: Backbone) -> bool:
         return False
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
     takes = inspect.signature(model.base_model.forward).parameters
-    return "position_ids" in takes and "chunked_attention" not in kinds and refusal(model, "prefix") is None
+    return "position_ids" in takes and "chunked_attention" not in kinds and refuses_keys(model) is None
 
 
 def empty(backbone: Backbone) -> DynamicCache:

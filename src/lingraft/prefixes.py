@@ -27,15 +27,25 @@ def refusal(model: Any, structure: str) -> str | None:
         model: A transformers model.
         structure: `lora`, `ia3`, `prefix`, `bottleneck`, …
     """
-    name, config = type(model).__name__, model.config.get_text_config()
     if structure != "prefix":
         return None
     if _encodes(model):
+        name = type(model).__name__
         return (
             None if _dispatches(model) else f"{name} computes attention in a way of its own, which takes no other keys"
         )
     if _recomputes(model):
         return "gradient checkpointing computes keys and values again and loses those of the prefix"
+    return refuses_keys(model)
+
+
+def refuses_keys(model: Any) -> str | None:
+    """Why a decoder cannot read on from keys and values that it is handed, or None where it can.
+
+    Args:
+        model: A transformers model.
+    """
+    name, config = type(model).__name__, model.config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         return f"{name} has two stacks of layers, and a prefix here is of one"
     if "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
@@ -62,11 +72,11 @@ def _dispatches(model: Any) -> bool:
 
 
 def _recomputes(model: Any) -> bool:
-    """Whether gradient checkpointing is on and the model in training, by its newer name and the older one."""
+    """Whether gradient checkpointing is on, by its newer name and the older one."""
     name = (
         "is_activation_checkpointing" if hasattr(model, "is_activation_checkpointing") else "is_gradient_checkpointing"
     )
-    return bool(model.training and getattr(model, name, False))
+    return bool(getattr(model, name, False))
 
 
 def attention_shape(model: Any) -> tuple[int, int, int]:
@@ -285,7 +295,7 @@ def in_front(model: Any, prefix: torch.Tensor) -> Iterator[None]:
     takes = inspect.signature(model.base_model.forward).parameters
 
     def before(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if _recomputes(model):
+        if module.training and _recomputes(model):
             raise AdapterError(
                 "a prefix cannot be trained with gradient checkpointing, which loses its keys and values",
                 remedy="switch it off: model.gradient_checkpointing_disable()",

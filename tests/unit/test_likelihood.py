@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from lingraft import caching, likelihood
 from lingraft.adapter import Adapter
 from lingraft.backbones import Backbone
-from lingraft.config import BackboneConfig
+from lingraft.config import BackboneConfig, SpeedConfig
 from lingraft.errors import DataError
 from lingraft.evaluation import Asking, ask, predict
 from lingraft.locating import locate
@@ -170,3 +171,11 @@ def test_an_answer_with_nothing_before_it_is_refused(model: Backbone, scoring: s
     long = Example("long", "abc", ("x" * 30, "xy", "z"), 0)
     with pytest.raises(DataError, match="long: nothing is left to read before the answer"):
         predict(model, None, [long], scoring=scoring, max_length=16)
+
+
+def test_keys_are_kept_whatever_training_was_told(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "llama", "llama")
+    speed = SpeedConfig(gradient_checkpointing=True)
+    backbone = Backbone(locate(BackboneConfig(model=str(folder), dtype="float32", device="cpu")), speed)
+    with backbone.with_adapter(None):
+        assert caching.keeps_keys(backbone)
