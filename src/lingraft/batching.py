@@ -191,7 +191,7 @@ def steps_of(count: int, config: TrainingConfig) -> int:
 
 _PASS = 128
 """Tokens of padding that cost no more than one more pass through the model, whose operations take time however small they are:
-some 80 to 100 on one thread, for an encoder of 12 layers as for a decoder of 18, and more on two."""
+some 80 to 100 on one thread, for an encoder of 12 layers as for a decoder of 18."""
 
 
 def micro_batches(lengths: Sequence[int], part_tokens: int = 4096, *, packed: bool = False) -> list[list[int]]:
