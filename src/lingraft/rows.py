@@ -7,6 +7,11 @@ layers again.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
+
+from lingraft.errors import AdapterError
+
+REMEDY = "train them one by one: speed.together=1"
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,23 @@ class Rows:
 
     lanes: tuple[tuple[str, int], ...] = ()
     segments: tuple[Segment, ...] = field(default=())
+
+    def spans(self, count: int) -> list[tuple[str, slice]]:
+        """By the adapters' names, the rows of each.
+
+        Args:
+            count: The rows that a layer reads.
+
+        Raises:
+            AdapterError: They are not the batch's: the layer reads something else, as an expert does.
+        """
+        ends = list(accumulate(size for _, size in self.lanes))
+        if count != ends[-1]:
+            raise AdapterError(
+                f"adapters cannot be trained together on this model: a layer reads {count} rows where the batch has {ends[-1]}",
+                remedy=REMEDY,
+            )
+        return [(name, slice(end - size, end)) for end, (name, size) in zip(ends, self.lanes, strict=True)]
 
     @contextmanager
     def told(

@@ -23,7 +23,7 @@ from lingraft.heads import Head
 from lingraft.lanes import MOST, lane_name, parameters_of, random_layers, side_by_side, tensors_of_lane
 from lingraft.layouts import layout_of
 from lingraft.layouts.common import CONFIG, SIDECAR, WEIGHTS
-from lingraft.modules import bylane
+from lingraft.rows import REMEDY
 from lingraft.serving import TOGETHER
 from lingraft.stacks import check_stack, described, write_note
 from lingraft.stepping import BEST, CHECKPOINT, Learner, Progress, learn, learn_together, objective_of
@@ -219,7 +219,7 @@ def train_together(
     """
     for job in jobs:
         if reason := why_apart(backbone, jobs[0], job):
-            raise UserError(f"these adapters cannot be trained together: {reason}", remedy=bylane.REMEDY)
+            raise UserError(f"these adapters cannot be trained together: {reason}", remedy=REMEDY)
     outcomes: list[dict[str, Any] | LingraftError | None] = [None] * len(jobs)
     begun: dict[int, _Begun] = {}
     for number, job in enumerate(jobs):

@@ -3,9 +3,8 @@
 LoRA's layers know of it themselves (`lowrank`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,9 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
 from lingraft.errors import AdapterError
 from lingraft.modules.bottleneck import BottleneckLayer
-from lingraft.rows import Rows
-
-REMEDY = "train them one by one: speed.together=1"
+from lingraft.rows import REMEDY, Rows
 
 
 def serve(model: torch.nn.Module, rows: Rows) -> None:
@@ -46,30 +43,9 @@ def serve(model: torch.nn.Module, rows: Rows) -> None:
             )
 
 
-def lanes_of(x: torch.Tensor, lanes: Sequence[tuple[str, int]]) -> list[tuple[str, torch.Tensor]]:
-    """By the adapters' names, the rows of each.
-
-    Args:
-        x: rows × …
-        lanes: The adapters' names and how many rows belong to each.
-
-    Raises:
-        AdapterError: There are more rows or fewer: the layer reads something else than the batch, as an expert does.
-    """
-    ends = list(accumulate(count for _, count in lanes))
-    if x.shape[0] != ends[-1]:
-        raise AdapterError(
-            f"a layer reads {x.shape[0]} rows where the batch has {ends[-1]}: adapters cannot be told apart",
-            remedy=REMEDY,
-        )
-    return [(name, x[end - count : end]) for end, (name, count) in zip(ends, lanes, strict=True)]
-
-
-def _each(
-    lanes: Sequence[tuple[str, int]], compute: Callable[[str, torch.Tensor], torch.Tensor], x: torch.Tensor
-) -> Any:
+def _each(rows: Rows, compute: Callable[[str, torch.Tensor], torch.Tensor], x: torch.Tensor) -> Any:
     """What every adapter makes of its rows, in their order."""
-    return torch.cat([compute(name, mine) for name, mine in lanes_of(x, lanes)])
+    return torch.cat([compute(name, x[span]) for name, span in rows.spans(x.shape[0])])
 
 
 def _scaled(layer: Any, rows: Rows, usual: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -81,19 +57,19 @@ def _scaled(layer: Any, rows: Rows, usual: Any, x: torch.Tensor, *args: Any, **k
         return (states * layer.ia3_l[name].flatten()).to(states.dtype)
 
     if layer.is_feedforward:
-        return layer.base_layer(_each(rows.lanes, scale, x), *args, **kwargs)
-    return _each(rows.lanes, scale, layer.base_layer(x, *args, **kwargs))
+        return layer.base_layer(_each(rows, scale, x), *args, **kwargs)
+    return _each(rows, scale, layer.base_layer(x, *args, **kwargs))
 
 
 def _behind(layer: BottleneckLayer, rows: Rows, usual: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """A bottleneck behind a linear layer, or before a norm, of every row's own."""
     if not rows.lanes:
         return usual(x, *args, **kwargs)
-    return layer.acted([lambda states: _each(rows.lanes, layer.branch, states)], x, *args, **kwargs)
+    return layer.acted([lambda states: _each(rows, layer.branch, states)], x, *args, **kwargs)
 
 
 def _whole(layer: Any, rows: Rows, usual: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """A head: every row goes through its own."""
     if not rows.lanes:
         return usual(x, *args, **kwargs)
-    return _each(rows.lanes, lambda name, states: layer.modules_to_save[name](states, *args, **kwargs), x)
+    return _each(rows, lambda name, states: layer.modules_to_save[name](states, *args, **kwargs), x)

@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from lingraft.dropping import drawn, dropped, number_of
 from lingraft.errors import AdapterError
-from lingraft.rows import Rows
+from lingraft.rows import REMEDY, Rows
 
 
 @dataclass(frozen=True)
@@ -129,8 +128,8 @@ class _LowRank(torch.autograd.Function):
 
 def _forward(layer: Any, rows: Rows, number: int, usual: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """What a LoRA layer gives: computed here, or where it does something unusual by PEFT."""
-    lanes = [(name, count) for name, count in rows.lanes if name in layer.lora_A]
-    names = [name for name, _ in lanes] or [name for name in layer.active_adapters if name in layer.lora_A]
+    lanes = bool(rows.lanes)
+    names = [n for n in ([name for name, _ in rows.lanes] or layer.active_adapters) if n in layer.lora_A]
     if (
         args
         or kwargs
@@ -140,9 +139,9 @@ def _forward(layer: Any, rows: Rows, number: int, usual: Any, x: torch.Tensor, *
         or not all(_plain(layer, n) for n in names)
     ):
         if lanes and not layer.disable_adapters:
-            raise AdapterError("adapters of this kind cannot be trained together")
+            raise AdapterError("adapters of this kind cannot be trained together", remedy=REMEDY)
         return usual(x, *args, **kwargs)
-    spans = _spans(x, lanes) if lanes else [slice(0, x.shape[0])] * len(names)
+    spans = [span for _, span in rows.spans(x.shape[0])] if lanes else [slice(0, x.shape[0])] * len(names)
     each = math.prod(x.shape[1:-1])
     pieces: list[_Piece] = []
     factors: list[torch.Tensor] = []
@@ -159,17 +158,6 @@ def _forward(layer: Any, rows: Rows, number: int, usual: Any, x: torch.Tensor, *
     )
     # Viewed here: autograd lets nobody write over a view that a function of one's own gives (OLMo clips q, k and v in place).
     return out.view(*x.shape[:-1], out.shape[-1])
-
-
-def _spans(x: torch.Tensor, lanes: Sequence[tuple[str, int]]) -> list[slice]:
-    """The rows of every lane."""
-    ends = list(accumulate(count for _, count in lanes))
-    if x.shape[0] != ends[-1]:
-        raise AdapterError(
-            f"adapters cannot be trained together on this model: a layer reads {x.shape[0]} rows, and the batch has {ends[-1]}",
-            remedy="use speed.together=1",
-        )
-    return [slice(end - count, end) for end, (_, count) in zip(ends, lanes, strict=True)]
 
 
 def _plain(layer: Any, name: str) -> bool:
