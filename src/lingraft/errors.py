@@ -73,6 +73,32 @@ class StoreError(LingraftError):
     """A folder cannot be written or an artifact is damaged."""
 
 
+class Busy(StoreError):
+    """Another process is making the same; it may be there soon."""
+
+
+class Damaged(StoreError):
+    """A finished step's files are not what they were when it was finished.
+
+    Args:
+        kind: The step's kind.
+        key: The step's key.
+        what: What is wrong, in one sentence.
+        where: Its folder.
+    """
+
+    def __init__(self, kind: str, key: str, what: str, *, where: str | Path | None = None) -> None:
+        super().__init__(what, where=where, remedy="run the same command again: it is set aside and made anew")
+        self.kind, self.key = kind, key
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), (self.kind, self.key, self.what)
+
+
+class TransientError(LingraftError):
+    """A failure that a retry may mend: a worker died, a connection broke."""
+
+
 class RunFailed(LingraftError):
     """Some steps of a run failed; the finished ones are kept."""
 

@@ -164,7 +164,7 @@ class Session:
 
     def folder(self, step: Step) -> Path:
         """Where a finished step's files are."""
-        return self.store.path(step.kind, step.key)
+        return self.store.folder(step.kind, step.key)
 
     def lines(self, language: str) -> Iterable[str]:
         """A language's reference text."""

@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lingraft.digests import digest_bytes
-from lingraft.errors import StoreError, UserError, writing
+from lingraft.errors import Busy, StoreError, UserError, writing
 
 RECORD = "step.json"
 """The file that makes a folder complete: what was done, from what, with which numeric environment."""
@@ -93,7 +93,7 @@ def appearing(target: Path, record: Mapping[str, Any]) -> Generator[Path, None, 
                 work.rename(target)
                 _sync_folder(target.parent)
         except Timeout:
-            raise StoreError("another process is making this", where=target, remedy="wait for it, or stop it") from None
+            raise Busy("another process is making this", where=target, remedy="wait for it, or stop it") from None
 
 
 def _prepare(work: Path, record: Mapping[str, Any]) -> None:
@@ -147,6 +147,23 @@ class Store:
     def has(self, kind: str, key: str) -> bool:
         """Whether the step is finished."""
         return (self.path(kind, key) / RECORD).is_file()
+
+    def folder(self, kind: str, key: str) -> Path:
+        """The folder of a finished step, to be read.
+
+        Raises:
+            Damaged: Its files are not what they were.
+        """
+        return self.path(kind, key)
+
+    def set_aside(self, kind: str, key: str) -> Path:
+        """Moves a damaged step away, so that it is made anew, and says where to."""
+        number = 0
+        while (target := self.root / "damaged" / f"{kind}-{key}-{number}").exists():
+            number += 1
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.path(kind, key).rename(target)
+        return target
 
     def record(self, kind: str, key: str) -> dict[str, Any]:
         """The record of a finished step.

@@ -56,7 +56,7 @@ def _scored(select: Step, weight: str, store: Store) -> Scored:
 def _items(score: Step, store: Store) -> list[tuple[str, tuple[float, float]]]:
     """Every item's log-likelihood of the right answer and rightness; of free answers, which are not written here, NaN."""
     predict = score.inputs["predict"]
-    folder = store.path(predict.kind, predict.key)
+    folder = store.folder(predict.kind, predict.key)
     if "rule" in score.config:
         return [(g.id, (_given(g), float("nan"))) for g in read_generated(folder)]
     return [(p.id, (p.gold_log_likelihood, float(p.answer == p.gold))) for p in read_predictions(folder)]
