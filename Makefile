@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 ROUNDS ?= 5
 
-.PHONY: help install quickstart quickstart-short test test-full check format bench bench-speed bench-page bench-rest clean
+.PHONY: help install quickstart quickstart-short test test-full audit check format bench bench-speed bench-page bench-rest clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -39,8 +39,11 @@ check: $(VENV)/.dev  ## style, types, layers
 test: check  ## checks and tests
 	$(BIN)/python -m pytest -m 'not full'
 
-test-full: check  ## the tests that take long, too
+test-full: check audit  ## the tests that take long, too, and the audit
 	$(BIN)/python -m pytest
+
+audit: $(VENV)/.dev  ## known vulnerabilities of the installed packages; passes where their database cannot be reached
+	$(BIN)/python tools/audit.py
 
 format: $(VENV)/.dev  ## put the code in shape
 	$(BIN)/ruff check --fix .

@@ -37,6 +37,21 @@ from lingraft.tensors import TensorFile, finite, write_tensors
 if TYPE_CHECKING:
     from lingraft.divergence import Divergence
 
+PATTERNS = ("target_modules", "feedforward_modules")
+NARROWING = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
+"""Fields of PEFT's configuration that may hold patterns, and those that leave modules out."""
+BEGINNINGS = frozenset(
+    {
+        "init_lora_weights",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "runtime_config",
+        "auto_mapping",
+    }
+)
+"""Fields that say how an adapter began or where it ran: of one that is finished PEFT needs none of them."""
 PARTS = ("target_ref", "source_ref")
 """The folders of a divergence whose references cannot be stacked into one adapter."""
 
@@ -140,8 +155,13 @@ class Adapter:
 
     @property
     def peft_config(self) -> dict[str, Any]:
-        """PEFT's configuration for the sites as they are."""
-        return self.files.config_for(self.config, self.layout)
+        """PEFT's configuration for the sites as they are, named one by one: no pattern of the file is matched with anything."""
+        found = {k: v for k, v in self.files.config_for(self.config, self.layout).items() if k not in BEGINNINGS}
+        if any(isinstance(found.get(name), str) for name in PATTERNS) or any(found.get(name) for name in NARROWING):
+            found = retargeted(found, self.layout)
+        if isinstance(found.get("feedforward_modules"), str):  # (IA)³: their vectors are over inputs.
+            found["feedforward_modules"] = [m for m, place in self.layout.items() if place.shapes["l"][0] == 1]
+        return found
 
     def __sub__(self, source: "Adapter") -> "Divergence":
         from lingraft.divergence import Divergence
@@ -255,7 +275,7 @@ def merged_sidecar(first: Adapter) -> dict[str, Any]:
 
 def retargeted(config: Mapping[str, Any], layout: Mapping[str, Place]) -> dict[str, Any]:
     """PEFT's configuration for these sites and no others: what left some of them out before must not do so now."""
-    narrowing = dict.fromkeys({"exclude_modules", "layers_to_transform", "layers_pattern"} & set(config))
+    narrowing = dict.fromkeys(NARROWING & set(config))
     return {**config, **narrowing, "target_modules": sorted(layout)}
 
 

@@ -190,7 +190,7 @@ def peft_config(values: Mapping[str, Any]) -> Any:
     """PEFT's configuration object; fields that this version of PEFT does not have are left out.
 
     Raises:
-        AdapterError: PEFT and lingraft know no modules for the structure.
+        AdapterError: PEFT and lingraft know no modules for the structure, or a value is none of PEFT's.
     """
     import dataclasses
 
@@ -205,7 +205,10 @@ def peft_config(values: Mapping[str, Any]) -> Any:
     made: Any = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     known = {f.name for f in dataclasses.fields(made) if f.init} - {"peft_type"}
     # Lists are copied: PEFT adds to them.
-    return made(**{k: list(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+    try:
+        return made(**{k: list(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise AdapterError(f"PEFT cannot read this adapter's configuration ({error})") from error
 
 
 def _readable(dtype: Any) -> Any:

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lingraft import roles
+from lingraft import processes, roles
 from lingraft.adapter import Adapter
 from lingraft.attaching import REMEDY, TOP, Part, load, part, peft_config, settle, stacked, tensors_of
 from lingraft.config import SpeedConfig
@@ -17,7 +17,7 @@ from lingraft.fitting import base_digest
 from lingraft.heads import AUTO_CLASSES, Head, head_of
 from lingraft.locating import Located, architecture_of, materialise
 from lingraft.rows import Rows
-from lingraft.speeding import attention, check_compiler, fuse_kernels, sped
+from lingraft.speeding import attention, check_compiler, fuse_kernels, shard, sped
 from lingraft.stacks import Adapters, as_stack, check_stack
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class Backbone:
         rows: What the adapters' layers are told of the batch.
         fuser: What mixes a counterpart's states in by FLARE, while such an adapter is on the model; else None.
         mixup: The same for X-Mixup.
+        sharded: Whether every process holds a part of the layers only (FSDP, DeepSpeed's stage 3).
         causal: Whether no position of a decoder depends on what stands on its right, so that padding there needs no mask.
         kernels: Whose fused kernels compute: `liger` or `none`.
 
@@ -98,7 +99,10 @@ class Backbone:
                 f"texts are packed for decoders, and {located.name} is an {self.kind}", remedy="leave speed.packing out"
             )
         self.folder = materialise(located)
-        self.device = torch.device(_device(located.config.device))
+        self.device = torch.device(device_name(located.config.device))
+        processes.start(self.device)
+        divided = processes.sharding()
+        self.sharded = divided is not None
         self.dtype: torch.dtype = getattr(torch, located.config.dtype)
         self.scale = 1.0
         self.rows = Rows()
@@ -108,6 +112,9 @@ class Backbone:
         self._fronted = False
         self._headed: dict[Head, Headed] = {}
         quantised = _quantisation(located.config, self.dtype)
+        if self.sharded and (quantised or self.speed.compile):
+            what = "a quantised base" if quantised else "speed.compile"
+            raise UserError(f"{what}: not with a sharded base", remedy="leave it out, or launch without sharding")
         self._attention = attention(self.speed, self.device, self.dtype)
         if self.speed.compile:
             check_compiler(self.device)
@@ -117,9 +124,11 @@ class Backbone:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=remote, local_files_only=True)
         except (ValueError, KeyError, OSError, ImportError) as error:
             raise BackboneError(f"the model cannot be loaded: {error}", where=self.folder) from error
+        self.model: PreTrainedModel = model.eval().requires_grad_(False)
+        if divided is not None:
+            shard(model, self.device, divided)
         if not quantised:  # A quantised one was loaded to its device, where it stays.
             torch.nn.Module.to(model, self.device)
-        self.model: PreTrainedModel = model.eval().requires_grad_(False)
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
         self.kernels = fuse_kernels(self.model, self.speed, self.device)
         self._check_head()
@@ -543,6 +552,8 @@ class Backbone:
         check_stack(stack)
         for one in stack:
             self.check_belongs(one)
+            if one.structure == "sparse":
+                self.check_whole("a sparse difference")
         *lower, top = stack
         if self.kind == "encoder" and head is None:
             head = head_of(top)
@@ -550,6 +561,15 @@ class Backbone:
         with self.attached(peft_config(top.peft_config), tensors_of(top), head, beneath, merged=True) as wrapped:
             wrapped.eval()
             yield wrapped
+
+    def check_whole(self, what: str) -> None:
+        """Makes sure that this process has the base's weights, where something is to be written into them.
+
+        Raises:
+            UserError: It has a part of them only.
+        """
+        if self.sharded:
+            raise UserError(f"{what}: not with a sharded base", remedy="launch it without FSDP and DeepSpeed's stage 3")
 
     def check_belongs(self, adapter: Adapter) -> None:
         """Makes sure that an adapter was trained on this base model, where it says on which.
@@ -574,9 +594,11 @@ class Backbone:
 
         Raises:
             AdapterError: The adapter is no LoRA, belongs to another base model, or fits nowhere.
+            UserError: The base is sharded.
         """
         import torch
 
+        self.check_whole("a second stage on a merged first one")
         if adapter.structure != "lora":
             raise AdapterError(f"{adapter.structure} cannot be merged into the weights", where=adapter.path)
         self.check_belongs(adapter)
@@ -690,7 +712,7 @@ def _quantisation(config: Any, dtype: Any) -> dict[str, Any]:
         return {}
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtra("bitsandbytes", "quantization")
-    device = _device(config.device)
+    device = device_name(config.device)
     if not device.startswith("cuda"):
         raise UserError(
             f"a base in {kind} needs a CUDA device, and this is '{device}'", remedy="use quantization=none here"
@@ -719,15 +741,28 @@ def _adding(a: "torch.Tensor", b: "torch.Tensor") -> Any:
     return hook
 
 
-def _device(name: str) -> str:
+def device_name(name: str) -> str:
+    """A device of this machine: of `auto`, a GPU, this process's own where there are several, or the processor.
+
+    Raises:
+        UserError: There is no such device.
+    """
     import torch
 
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"the device '{name}' is not available", remedy="use device=auto or device=cpu")
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        if processes.world() == 1:
+            return "cuda"
+        number, there = processes.local_rank(), torch.cuda.device_count()
+        if number >= there:
+            raise UserError(
+                f"process {number} of this host has no GPU: there are {there}",
+                remedy=f"launch {there} processes on this host",
+            )
+        return f"cuda:{number}"
     if name != "auto":
-        if name.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(f"the device '{name}' is not available", remedy="use device=auto or device=cpu")
         return name
-    if torch.cuda.is_available():
-        return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
@@ -759,5 +794,6 @@ def environment(backbone: Backbone | None = None) -> dict[str, Any]:
             "kernels": backbone.kernels,
             "compile": backbone.speed.compile,
             "packing": backbone.speed.packing,
+            **processes.described(),
         }
     return found

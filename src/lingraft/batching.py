@@ -220,6 +220,73 @@ def micro_batches(lengths: Sequence[int], part_tokens: int = 4096, *, packed: bo
     return parts
 
 
+@dataclass(frozen=True)
+class Pass:
+    """Texts that go through a model at once.
+
+    Attributes:
+        places: Their places in the batch.
+        counts: Whether their loss counts; else the pass is there so that all processes make equally many.
+    """
+
+    places: tuple[int, ...]
+    counts: bool = True
+
+
+def passes(
+    lengths: Sequence[int], part_tokens: int, *, packed: bool = False, world: int = 1, level: bool = False
+) -> list[list[Pass]]:
+    """By process, the parts of a batch: every text is in one of them.
+
+    Args:
+        lengths: Tokens of every text.
+        part_tokens: As for `micro_batches`.
+        packed: As for `micro_batches`.
+        world: The processes; each gets about as many tokens as the others.
+        level: Whether all must make equally many passes, because they work together within each.
+    """
+    mine: list[list[int]] = [[] for _ in range(world)]
+    loads = [0] * world
+    for place in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)) if world > 1 else range(len(lengths)):
+        least = loads.index(min(loads))
+        mine[least].append(place)
+        loads[least] += lengths[place]
+    found: list[list[Pass]] = []
+    for own in mine:
+        parts = micro_batches([lengths[n] for n in own], part_tokens, packed=packed)
+        found.append([Pass(tuple(own[n] for n in part)) for part in parts])
+    most = max(map(len, found))
+    for own in found if level else ():
+        while len(own) < most:
+            longest = max(own, key=lambda one: len(one.places), default=Pass(()))
+            half = len(longest.places) // 2
+            if half:
+                at = own.index(longest)
+                own[at : at + 1] = [Pass(longest.places[:half]), Pass(longest.places[half:])]
+            else:
+                own.append(Pass((0,), counts=False))
+    return found
+
+
+def fewer_tokens(lengths: Sequence[int], part_tokens: int, *, packed: bool = False, world: int = 1) -> int | None:
+    """Half as many tokens a part, or of that the half again, until the parts of a batch are smaller; None: each is one text.
+
+    Args:
+        lengths: As for `passes`, like the others.
+        part_tokens: What did not fit.
+        packed: As above.
+        world: As above.
+    """
+    before = passes(lengths, part_tokens, packed=packed, world=world)
+    if all(len(one.places) == 1 for own in before for one in own):
+        return None
+    while part_tokens > 1:
+        part_tokens //= 2
+        if passes(lengths, part_tokens, packed=packed, world=world) != before:
+            return part_tokens
+    return None
+
+
 def loss_positions(chosen: Sequence[TokenSequence], share: float, seed: int) -> list[np.ndarray[Any, Any]]:
     """For every sequence, the positions whose *next* token takes a loss: all from its start on, or a drawn share of them."""
     found = [np.arange(s.start - 1, len(s.ids) - 1) for s in chosen]

@@ -12,6 +12,7 @@ import click
 
 from lingraft import __version__
 from lingraft.errors import Interrupted, LingraftError, UserError
+from lingraft.escaping import printable
 
 EPILOG = "Exit codes: 0 done, 1 failed, 2 a mistake in the request."
 FOLDER = click.Path(path_type=Path)
@@ -77,7 +78,7 @@ def _messages() -> None:
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         if category.__module__.startswith("lingraft"):
-            click.echo(f"warning: {message}", err=True)
+            click.echo(f"warning: {printable(str(message))}", err=True)
 
     warnings.showwarning = show
     log = logging.getLogger("lingraft")
@@ -100,10 +101,15 @@ def _run_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option(
             "--store",
-            type=FOLDER,
-            help="Folder of finished steps, shared by runs.  [default: `store` beside --out]",
+            help="Folder of finished steps, shared by runs, or a URL such as s3://bucket/folder.  [default: `store` beside --out]",
         ),
-        click.option("--on", default="local", show_default=True, type=click.Choice(["local"]), help="Where to run."),
+        click.option(
+            "--ray-address",
+            help="With --on ray: a running cluster, such as auto or host:6379.  [default: one is started here]",
+        ),
+        click.option(
+            "--on", default="local", show_default=True, type=click.Choice(["local", "ray"]), help="Where to run."
+        ),
         click.option(
             "--dry-run", is_flag=True, help="Say what would run, about how long, and what it needs; do nothing."
         ),
@@ -117,13 +123,16 @@ def _run_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--short", is_flag=True, help="A few training steps only, to see that everything works.")
 @_run_options
 @verb
-def quickstart(out: Path, short: bool, store: Path | None, on: str, dry_run: bool, as_json: bool) -> Any:
+def quickstart(
+    out: Path, short: bool, store: str | None, on: str, ray_address: str | None, dry_run: bool, as_json: bool
+) -> Any:
     """The main job on a real model with bundled data: labels in English, adapters for three languages out."""
     from lingraft.commands import experiments
 
     recipe = Path(__file__).parent / "recipes" / "quickstart.yaml"
+    where = experiments.Where(store, on, ray_address)
     return experiments.run_experiment(
-        recipe, experiments.SHORT if short else (), None, out, store, on, dry_run, as_json
+        recipe, experiments.SHORT if short else (), None, out, where, as_json, dry_run=dry_run
     )
 
 
@@ -137,7 +146,39 @@ def quickstart(out: Path, short: bool, store: Path | None, on: str, dry_run: boo
     default="H100",
     show_default=True,
     type=click.Choice(["A100", "H100", "H200"]),
-    help="With --dry-run: for which GPU.",
+    help="With --dry-run and --export: for which GPU.",
+)
+@click.option(
+    "--export", type=click.Choice(["slurm"]), help="Write the plan as Slurm's array jobs below --out, and run nothing."
+)
+@click.option(
+    "--slurm",
+    "slurm_settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="With --export: an option of sbatch, such as account=nlp, or gpu.partition=a100 for one sort of job. Repeated.",
+)
+@click.option(
+    "--steps-per-task",
+    default=8,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="With --export: evaluations or merges that one task makes.",
+)
+@click.option(
+    "--at-once", type=click.IntRange(min=1), help="With --export: tasks of an array at the same time, at most."
+)
+@click.option(
+    "--max-array",
+    default=1000,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="With --export: tasks of an array, at most (MaxArraySize).",
+)
+@click.option(
+    "--only",
+    metavar="KEY[,KEY]...",
+    help="Make these steps of the plan and nothing else; what they need must be finished.",
 )
 @_run_options
 @verb
@@ -146,25 +187,40 @@ def run(
     overrides: tuple[str, ...],
     data_dir: str | None,
     gpu: str,
+    export: str | None,
+    slurm_settings: tuple[str, ...],
+    steps_per_task: int,
+    at_once: int | None,
+    max_array: int,
+    only: str | None,
     out: Path | None,
-    store: Path | None,
+    store: str | None,
     on: str,
+    ray_address: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> Any:
     """Carry out an experiment (YAML): train, choose λ, merge, evaluate, report. Run again, it goes on where it stopped."""
     from lingraft.commands import experiments
 
-    return experiments.run_experiment(experiment, overrides, data_dir, out, store, on, dry_run, as_json, gpu)
+    where = experiments.Where(store, on, ray_address, tuple(only.split(",")) if only else ())
+    options = None
+    if export:
+        from lingraft.slurm import Options
+
+        options = Options(slurm_settings, steps_per_task, at_once, max_array, device=gpu)
+    return experiments.run_experiment(
+        experiment, overrides, data_dir, out, where, as_json, dry_run=dry_run, device=gpu, export=options
+    )
 
 
 @main.command()
 @click.argument("experiment", type=FOLDER)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--data-dir", help="Upstream files of the data sets; 'bundled' for lingraft's own.")
-@click.option("--store", type=FOLDER, help="Folder of finished steps, shared with runs.  [default: runs/store]")
+@click.option("--store", help="Folder of finished steps, shared with runs, or a URL.  [default: runs/store]")
 @verb
-def tune(experiment: Path, overrides: tuple[str, ...], data_dir: str | None, store: Path | None, as_json: bool) -> Any:
+def tune(experiment: Path, overrides: tuple[str, ...], data_dir: str | None, store: str | None, as_json: bool) -> Any:
     """Try the weights of an experiment's methods on its development languages. No target's item is read."""
     from lingraft.commands import experiments
 
@@ -422,6 +478,58 @@ def report(run_dir: Path, beside: str | None, as_json: bool) -> Any:
     from lingraft.commands import experiments
 
     return experiments.show_report(run_dir, as_json, beside=beside)
+
+
+@main.group(cls=_Lines)
+def store() -> None:
+    """Look into a store of finished steps, verify it, clean it up."""
+
+
+STORE = click.argument("where", metavar="[STORE]", default="runs/store")
+
+
+@store.command("ls")
+@STORE
+@click.option("--kind", help="Steps of this kind only, such as train.")
+@verb
+def store_ls(where: str, kind: str | None, as_json: bool) -> Any:
+    """List the finished steps of STORE, a folder or a URL.  [default: runs/store]"""
+    from lingraft.commands import storing
+
+    return storing.list_store(where, kind, as_json)
+
+
+@store.command("verify")
+@STORE
+@click.option("--repair", is_flag=True, help="Set damaged steps aside, so that they are made anew.")
+@verb
+def store_verify(where: str, repair: bool, as_json: bool) -> Any:
+    """Read everything in STORE and compare it with its hashes; exit code 1 where something damaged is left."""
+    from lingraft.commands import storing
+
+    found, well = storing.verify_store(where, repair, as_json)
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    if not well:
+        sys.exit(1)
+
+
+@store.command("gc")
+@STORE
+@click.option(
+    "--keep",
+    type=FOLDER,
+    multiple=True,
+    metavar="RUN",
+    help="A run's folder; repeated. Finished steps that none of these runs needs are removed, too. Without it no finished step is.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be removed; remove nothing.")
+@verb
+def store_gc(where: str, keep: tuple[Path, ...], dry_run: bool, as_json: bool) -> Any:
+    """Remove what was left in STORE by runs that were interrupted, and what was set aside; never what is being made."""
+    from lingraft.commands import storing
+
+    return storing.collect_garbage(where, keep, dry_run, as_json)
 
 
 @main.command()

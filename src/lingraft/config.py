@@ -484,6 +484,21 @@ class EvaluationConfig(Config):
     )
 
 
+class ResourcesConfig(Config):
+    """What a step that loads the base model is given where steps are scheduled: on Ray, and in Slurm's scripts.
+
+    No step key holds it. Equal results are promised for equal threads.
+    """
+
+    cpus: int | None = Field(default=None, ge=1, description="cores and threads; absent: as many as here")
+    gpus: int | None = Field(default=None, ge=0, description="absent: one where there are any")
+    memory: str | None = Field(
+        default=None,
+        pattern=r"^[0-9]+(\.[0-9]+)?(MB|GB|TB)$",
+        description="main memory, such as 24GB; absent: reckoned from the model's shape",
+    )
+
+
 class CustomTask(Config):
     """A user's own choice task: files, a prompt template and labels."""
 
@@ -539,6 +554,7 @@ class Experiment(Config):
     selection: SelectionConfig = SelectionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     speed: SpeedConfig = SpeedConfig()
+    resources: ResourcesConfig = ResourcesConfig()
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     seeds_of: dict[str, tuple[int, ...]] = Field(
         default={}, description="fewer of the seeds for some of the methods, by name: a dear ceiling, a minor control"
@@ -656,7 +672,16 @@ def parse_override(text: str) -> tuple[list[str], Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose floats include `5e-4`, and whose `no` is the language Norwegian, not False."""
+    """YAML whose floats include `5e-4`, whose `no` is the language Norwegian, not False, and whose merges cannot multiply."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merges `<<`; of mappings that merge mappings each is merged once more, ten times ten times ten."""
+        super().flatten_mapping(node)
+        if len(node.value) > _MOST_KEYS:
+            raise yaml.constructor.ConstructorError(None, None, "merges make a mapping without end", node.start_mark)
+
+
+_MOST_KEYS = 10_000
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -672,8 +697,15 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|fa
 
 
 def parse_yaml(text: str) -> Any:
-    """Safe YAML with the two corrections of `_Loader`."""
-    return yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain values only
+    """Safe YAML with the corrections of `_Loader`.
+
+    Raises:
+        yaml.YAMLError: It is none: also where it nests too deeply, or holds a number or date that there is not.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain values only
+    except (RecursionError, ValueError, OverflowError) as error:
+        raise yaml.YAMLError(f"a value cannot be read ({error})") from None
 
 
 def _set(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
@@ -709,9 +741,18 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         if isinstance(part, dict) and isinstance(data_dir, str) and data_dir != "bundled":
             # A path in a file means the same wherever the command is run from.
             part["data_dir"] = str(path.parent / data_dir)
+    backbone = tree.get("backbone")
+    asks = isinstance(backbone, dict) and backbone.get("trust_remote_code") not in (None, False)
     for override in overrides:
         parts, value = parse_override(override)
+        asks = asks and parts != ["backbone", "trust_remote_code"]
         _set(tree, parts, value)
+    if asks:  # The file may be somebody else's: that code of the model's is run, is for who runs it to say.
+        raise ConfigError(
+            "this experiment has Python code that comes with its model executed (backbone.trust_remote_code)",
+            where=path,
+            remedy="where you trust the model, add backbone.trust_remote_code=true to the command",
+        )
     return validated(Experiment, tree, where=path)
 
 

@@ -4,7 +4,7 @@ A head answers: one of the labels, the best of several options, where an answer 
 words under a mask. Heads are transformers' own, so that plain PEFT gives the same answers as lingraft.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lingraft import processes
 from lingraft.backbones import Backbone
 from lingraft.batching import Counterpart, derived_seed, encoder_inputs
 from lingraft.errors import AdapterError, BackboneError, DataError, UserError
@@ -20,6 +21,7 @@ from lingraft.fusion.xmixup import Texts
 from lingraft.fusion.xmixup_losses import labelled_loss
 from lingraft.heads import Head, HeadKind, head_of
 from lingraft.losses import Drawn, Objective, by_sequence, cross_entropies
+from lingraft.memory import by_halves
 from lingraft.metrics import Generated, Prediction
 from lingraft.rows import Segment
 from lingraft.stacks import Adapters, as_stack
@@ -491,15 +493,15 @@ def _answered(backbone: Backbone, model: Any, rows: Sequence[Row], kind: HeadKin
     return backbone.mixup.logits(model, *_sides(backbone, model, rows, kind), kind)
 
 
-def _batches(
-    backbone: Backbone, model: Any, rows: Sequence[Row], kind: HeadKind, batch_tokens: int
-) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Numbers of rows and their logits; rows of similar length together, the longest first."""
+def _batches(rows: Sequence[Row], batch_tokens: int) -> list[list[int]]:
+    """Numbers of rows; those of similar length together, the longest first."""
+    found: list[list[int]] = []
     order = sorted(range(len(rows)), key=lambda n: (-len(rows[n].ids), n))
     while order:
         count = max(1, batch_tokens // len(rows[order[0]].ids))
-        part, order = order[:count], order[count:]
-        yield part, _answered(backbone, model, [rows[n] for n in part], kind)
+        found.append(order[:count])
+        order = order[count:]
+    return found
 
 
 def _read_all(
@@ -513,18 +515,24 @@ def _read_all(
     """The logits of every row of every item, on the processor."""
     owners = [n for n, rows in enumerate(items) for _ in rows]
     flat = [row for rows in items for row in rows]
-    found: list[torch.Tensor | None] = [None] * len(flat)
     waiting = [len(rows) for rows in items]
     with with_adapter(backbone, adapter, head) as wrapped, torch.inference_mode():
-        for numbers, logits in _batches(backbone, wrapped.get_base_model(), flat, head.kind, batch_tokens):
+        model = wrapped.get_base_model()
+
+        def read(numbers: Sequence[int]) -> dict[int, torch.Tensor]:
+            logits = _answered(backbone, model, [flat[n] for n in numbers], head.kind)
             values = logits.transpose(0, 1).cpu() if head.kind == "span" else logits.cpu()
-            for number, value in zip(numbers, values, strict=True):
-                found[number] = value
+            return dict(zip(numbers, values, strict=True))
+
+        def after(numbers: Sequence[int], made: Mapping[int, torch.Tensor]) -> None:
+            for number in numbers:
                 waiting[owners[number]] -= 1
             if progress is not None:
                 progress(sum(not left for left in waiting), len(items))
-    rest = iter(found)
-    return [[next(rest) for _ in rows] for rows in items]  # pyright: ignore[reportReturnType]
+
+        found = processes.computed(_batches(flat, batch_tokens), partial(by_halves, read), {}, after)
+    rest = (found[number] for number in range(len(flat)))
+    return [[next(rest) for _ in rows] for rows in items]
 
 
 def _shown(example: Example) -> str:

@@ -4,7 +4,11 @@ import difflib
 import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from lingraft.escaping import printable
 
 
 class LingraftError(Exception):
@@ -30,7 +34,7 @@ class LingraftError(Exception):
             lines.append(f"  where: {self.where}")
         if self.remedy:
             lines.append(f"  to do: {self.remedy}")
-        return "\n".join(lines)
+        return printable("\n".join(lines))  # Names in it may come out of anybody's files.
 
     def as_dict(self) -> dict[str, str | int | None]:
         """The error as plain data, for `--json`."""
@@ -77,6 +81,10 @@ class Busy(StoreError):
     """Another process is making the same; it may be there soon."""
 
 
+class AlreadyMade(Busy):
+    """Another process finished the same meanwhile: there is nothing left to do."""
+
+
 class Damaged(StoreError):
     """A finished step's files are not what they were when it was finished.
 
@@ -91,8 +99,8 @@ class Damaged(StoreError):
         super().__init__(what, where=where, remedy="run the same command again: it is set aside and made anew")
         self.kind, self.key = kind, key
 
-    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
-        return type(self), (self.kind, self.key, self.what)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), where=self.where), (self.kind, self.key, self.what)
 
 
 class TransientError(LingraftError):
@@ -133,6 +141,7 @@ def writing(path: Path) -> Iterator[None]:
         errno.EACCES: ("permission to write is denied", "choose another folder or change its permissions"),
         errno.EPERM: ("permission to write is denied", "choose another folder or change its permissions"),
         errno.EROFS: ("the file system is read-only", "choose another folder"),
+        errno.EIO: ("the disk or the connection to it reports an error", "check it and run the same command again"),
         errno.ENOTDIR: ("a file is where a folder is needed", "move it away or choose another folder"),
         errno.EEXIST: ("a file is where a folder is needed", "move it away or choose another folder"),
     }

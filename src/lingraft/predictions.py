@@ -18,6 +18,8 @@ from lingraft.store import read_json, write_json
 PREDICTIONS = "predictions.jsonl"
 SCORED = "scored.jsonl"
 SCORES = "scores.json"
+DAMAGE = (OSError, ValueError, KeyError, TypeError, RecursionError)
+"""What reading lines raises that are not what was written."""
 
 
 def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -93,7 +95,7 @@ def read_predictions(folder: Path) -> list[Prediction]:
             Prediction(v["id"], v["gold"], tuple(v["scores"]), v["prompt"], v.get("truncated", False))
             for v in _lines(path)
         ]
-    except (OSError, ValueError, KeyError) as error:
+    except DAMAGE as error:
         raise _damaged(path, error) from error
 
 
@@ -106,7 +108,7 @@ def read_generated(folder: Path) -> list[Generated]:
     path = folder / PREDICTIONS
     try:
         return [Generated(**{**v, "references": tuple(v["references"])}) for v in _lines(path)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except DAMAGE as error:
         raise _damaged(path, error) from error
 
 
@@ -126,7 +128,7 @@ def item_values(predicted: Path, scored: Path, metric: str) -> dict[str, float]:
         return {p.id: float(p.answer == p.gold) for p in read_predictions(predicted)}
     try:
         return {v["id"]: float(v["figures"][metric]) for v in _lines(path)}
-    except (OSError, ValueError, KeyError) as error:
+    except DAMAGE as error:
         raise _damaged(path, error) from error
 
 

@@ -1,27 +1,41 @@
 """Runs a plan: finished steps are skipped, a failure stops what depends on it, and everything finished is kept."""
 
-import os
-from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import ExitStack
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from lingraft.answers.scoring import MAIN
+from lingraft import processes
+from lingraft.checking import check_data
 from lingraft.config import Experiment
-from lingraft.costs import cost, shape_for
-from lingraft.digests import digest_value
-from lingraft.errors import Interrupted, LingraftError, RunFailed, UserError, suggestion
-from lingraft.execution import SELECTED, SIMILARITY, Session, check_data, execute, execute_together, shape_of
-from lingraft.locating import Located, locate
-from lingraft.plan import Plan, Step, characters, make_plan, ordered
-from lingraft.store import Store, write_json
-from lingraft.tasks.table import find_task
+from lingraft.errors import (
+    AlreadyMade,
+    Busy,
+    Damaged,
+    Interrupted,
+    LingraftError,
+    RunFailed,
+    TransientError,
+    UserError,
+    suggestion,
+)
+from lingraft.execution import shape_of
+from lingraft.locating import locate
+from lingraft.manifests import MANIFEST, write_manifest
+from lingraft.plan import Plan, Step, make_plan, ordered
+from lingraft.schedule import Schedule
+from lingraft.session import Session
+from lingraft.store import Store, open_store
+from lingraft.workers import Workers
+from lingraft.workers.local import Local
 
-MANIFEST = "manifest.json"
-# Characters a second of Gemma 3 270M in bfloat16 on two CPU cores, until this store has measured its own.
-_DEMO_RATES = {"train": 910.0, "predict": 3_200.0}
+PLACES = ("local", "ray")
+TRIES = 3
+"""How often a step is begun that fails for what a retry can mend, or whose inputs are found damaged."""
+_PAUSE = 2.0
+"""Seconds until a step is asked for again that another process is making."""
 
 
 @dataclass
@@ -29,13 +43,15 @@ class Events:
     """What a run tells whoever watches it; every member may be replaced."""
 
     step: Callable[[Step, int, int], None] = field(default=lambda step, number, total: None)
-    progress: Callable[[int, int, str], None] = field(default=lambda done, total, note: None)
+    progress: Callable[[Step, int, int, str], None] = field(default=lambda step, done, total, note: None)
+    ended: Callable[[Step], None] = field(default=lambda step: None)
     failure: Callable[[Step, LingraftError], None] = field(default=lambda step, error: None)
+    notice: Callable[[str], None] = field(default=lambda text: None)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended."""
+    """How a run ended: how many steps it made, and how many were there or were made by others."""
 
     plan: Plan
     ran: int
@@ -54,15 +70,21 @@ def run(
     *,
     store: str | Path | None = None,
     on: str = "local",
+    address: str | None = None,
+    only: Collection[str] = (),
     events: Events | None = None,
 ) -> Outcome:
     """Carries out an experiment; run again, it does only what is not finished.
 
+    Several runs may share a store, at the same time and on several hosts: what one is making the others wait for.
+
     Args:
         experiment: What to compare.
         out: The folder of this run's manifest, report and adapters.
-        store: The folder of finished steps, shared between runs; None: `store` beside `out`.
-        on: Where to run; `local` is this process.
+        store: The folder of finished steps, shared between runs, or an fsspec URL; None: `store` beside `out`.
+        on: Where to run; `local` is this process, `ray` a Ray cluster.
+        address: Of a Ray cluster; None: one is started here.
+        only: Keys of steps of the plan: those are made, and nothing else; no manifest is written.
         events: Whom to tell.
 
     Returns:
@@ -72,20 +94,41 @@ def run(
         RunFailed: Some steps failed.
         Interrupted: Ctrl-C.
         UserError: The experiment cannot be planned.
+        LingraftError: What the only steps need is not finished.
     """
-    if on != "local":
-        raise UserError(f"unknown runner '{on}'", remedy=suggestion(on, ["local"]))
+    if on not in PLACES:
+        raise UserError(f"unknown runner '{on}'", remedy=suggestion(on, PLACES))
+    if on == "ray" and processes.world() > 1:
+        raise UserError("Ray starts processes itself", remedy="leave the launcher out, or --on ray")
     out, events = Path(out), events or Events()
     located = locate(experiment.backbone)
     plan = make_plan(experiment, located)
-    shelf = Store(Path(store) if store is not None else out.parent / "store")
-    todo = pending(plan, shelf)
-    if todo:
-        session = Session(experiment, located, shelf, events.progress)
-        check_data(todo, session)
-        _run_steps(todo, session, events)
-    write_manifest(plan, located, shelf, out)
-    return Outcome(plan, len(todo), len(plan.steps) - len(todo), out / MANIFEST)
+    where = str(store if store is not None else out.parent / "store")
+    shelf = open_store(where)
+    steps, lacking = _only(plan, only, shelf) if only else (plan.steps, [])
+    for step, error in lacking:
+        events.failure(step, error)
+    if not only:
+        _check_results(plan, shelf, events)
+    todo = [step for step in steps if not shelf.has(step.kind, step.key)]
+    session = Session(experiment, located, shelf)
+
+    def workers() -> Workers:
+        if on == "local":
+            return Local(session, events.progress)
+        from lingraft.workers.cluster import Cluster
+
+        return Cluster(session, where, address, todo, events.progress, events.notice)
+
+    made = (_make_launched if processes.world() > 1 else _make)(todo, session, workers, events)
+    if lacking:
+        raise RunFailed(
+            f"{len(lacking)} of the steps were not made: what they need is not finished",
+            remedy="make that first: see why it failed",
+        )
+    if not only and processes.is_main():
+        write_manifest(plan, located, shelf, out)
+    return Outcome(plan, made, len(steps) - made, out / MANIFEST)
 
 
 def tune(experiment: Experiment, store: str | Path, *, events: Events | None = None) -> tuple[Plan, Store]:
@@ -93,7 +136,7 @@ def tune(experiment: Experiment, store: str | Path, *, events: Events | None = N
 
     Args:
         experiment: Its methods with a weight are tuned.
-        store: The folder of finished steps.
+        store: The folder of finished steps, or an fsspec URL.
         events: Whom to tell.
 
     Returns:
@@ -112,199 +155,242 @@ def tune(experiment: Experiment, store: str | Path, *, events: Events | None = N
             "there is no weight to choose on development languages",
             remedy="give methods such as adamergex-product, and leave selection.weight out",
         )
-    shelf = Store(Path(store))
+    shelf = open_store(store)
     todo = [step for step in ordered(wanted) if not shelf.has(step.kind, step.key)]
-    if todo:
-        session = Session(experiment, located, shelf, events.progress)
-        check_data(todo, session)
-        _run_steps(todo, session, events)
+    session = Session(experiment, located, shelf)
+    _make(todo, session, lambda: Local(session, events.progress), events)
     return plan, shelf
 
 
-def _run_steps(todo: Sequence[Step], session: Session, events: Events) -> None:
-    failed: set[str] = set()
-    errors: list[LingraftError] = []
+def _only(plan: Plan, keys: Collection[str], store: Store) -> tuple[list[Step], list[tuple[Step, LingraftError]]]:
+    """Some of a plan's steps; apart those that cannot be made, because something they need is neither finished nor among them.
+
+    Raises:
+        UserError: The plan has no such steps.
+    """
+    known = {step.key: step for step in plan.steps}
+    if unknown := sorted(set(keys) - known.keys()):
+        raise UserError(
+            f"the plan has no step {', '.join(unknown[:3])}{' …' if len(unknown) > 3 else ''}",
+            remedy="the experiment, its data or lingraft have changed since the keys were written: write them again",
+        )
+    wanted = [step for step in plan.steps if step.key in set(keys)]
+    there = {step.key for step in wanted if store.has(step.kind, step.key)}
+    steps: list[Step] = []
+    lacking: dict[str, tuple[Step, LingraftError]] = {}
+    for step in wanted:
+        outside = (n for n in step.inputs.values() if n.key in lacking or n.key not in keys)
+        needed = next((n for n in outside if not store.has(n.kind, n.key)), None)
+        if needed is None or step.key in there:
+            steps.append(step)
+        else:
+            lacking[step.key] = (
+                step,
+                LingraftError(
+                    f"'{step.label}' needs '{needed.label}', which is not finished",
+                    where=store.path(needed.kind, needed.key),
+                ),
+            )
+    return steps, list(lacking.values())
+
+
+def _check_results(plan: Plan, store: Store, events: Events) -> None:
+    """Reads what the report will read: what is damaged of it is set aside, and made anew with the rest."""
+    steps = [s for cell in plan.cells for s in (cell.predict, cell.score, cell.adapter) if s is not None]
+    for step in {s.key: s for s in [*steps, *plan.selections.values(), *plan.comparisons.values()]}.values():
+        try:
+            if store.has(step.kind, step.key):
+                store.folder(step.kind, step.key)
+        except Damaged as damage:
+            _set_aside(damage, store, events)
+
+
+def _set_aside(damage: Damaged, store: Store, events: Events) -> None:
+    with suppress(Busy):  # Another run is making it anew.
+        where = store.set_aside(damage.kind, damage.key)
+        if where != store.path(damage.kind, damage.key):  # Else it is whole by now.
+            events.notice(f"{damage.kind} {damage.key} is damaged ({damage.what}): it is set aside and made anew")
+
+
+def _make(todo: Sequence[Step], session: Session, workers: Callable[[], Workers], events: Events) -> int:
+    """Makes steps, once their data have been looked at, and says how many were made here."""
+    if not todo:
+        return 0
+    check_data(todo, session)
     # A tracker is of one training.
     most = 1 if session.experiment.trackers else session.experiment.speed.together
-    shapes = {step.key: shape_of(step) for step in todo} if most > 1 else {}
-    left = list(todo)
-    while left:
-        if any(needed.key in failed for needed in left[0].inputs.values()):
-            failed.add(left.pop(0).key)
-            continue
-        done = len(todo) - len(left)
-        group = _next_group(left, shapes, most, failed)
-        left = [step for step in left if step not in group]
-        try:
-            for number, step in enumerate(group, done + 1):
-                events.step(step, number, len(todo))
-            found = _make(group, session)
-        except KeyboardInterrupt:
-            session.release()
-            raise Interrupted(
-                f"interrupted during {', '.join(repr(step.label) for step in group)} ({done} of {len(todo)} steps done)",
-                remedy="run the same command again: finished steps are kept, a training goes on from its last checkpoint, and an "
-                "evaluation from its last batch",
-            ) from None
-        for step, error in found:
-            failed.add(step.key)
-            errors.append(error)
-            events.failure(step, error)
-            if isinstance(error, UserError) and not done and len(group) == 1:
-                raise error
-    session.release()
-    if errors:
-        own, stopped = len(errors), len(failed) - len(errors)
-        outcome = RunFailed(
-            f"{own} step{'s' if own > 1 else ''} failed and {stopped} that depend on them did not run; the rest is finished",
-            remedy="mend the cause and run the same command again",
-        )
-        outcome.exit_code = max(1, min(error.exit_code for error in errors))
-        raise outcome
+    return carry_out(todo, session.store, workers(), events, most)
 
 
-def _next_group(left: Sequence[Step], shapes: Mapping[str, str | None], most: int, failed: Set[str]) -> list[Step]:
-    """The next step, and what is trained with it: trainings of its shape all of whose inputs are there."""
-    first, *others = left
-    shape, waiting = shapes.get(first.key), failed | {step.key for step in left}
-    if shape is None:
-        return [first]
-    ready = (
-        step
-        for step in others
-        if shapes[step.key] == shape and waiting.isdisjoint(needed.key for needed in step.inputs.values())
-    )
-    return [first, *islice(ready, most - 1)]
+def _make_launched(todo: Sequence[Step], session: Session, workers: Callable[[], Workers], events: Events) -> int:
+    """Makes steps with all processes of a launcher; the first one decides which."""
+    from lingraft.workers.launched import Launched, dismiss, follow, meet
+
+    meet(session.located.config.device)
+    if not processes.shared(lambda: bool(todo)):
+        return 0
+    if not processes.is_main():
+        follow(session)
+        return 0
+    made = _make(todo, session, lambda: Launched(session, events.progress), events)
+    dismiss()
+    return made
 
 
-def _make(group: Sequence[Step], session: Session) -> list[tuple[Step, LingraftError]]:
-    """Makes a step, or trainings together, and gives those that failed."""
-    failed: list[tuple[Step, LingraftError]] = []
-    with ExitStack() as everything:
-        open_: list[tuple[Step, ExitStack, Path]] = []
-        for step in group:
-            own = everything.enter_context(ExitStack())
-            try:
-                work = own.enter_context(session.store.making(step.kind, step.key, step.identity()))
-            except LingraftError as error:
-                failed.append((step, error))
-            else:
-                open_.append((step, own, work))
-        found = _made([(step, work) for step, _, work in open_], session)
-        for (step, own, _), error in zip(open_, found, strict=True):
-            try:
-                with own:  # Its folder appears, unless there is an error.
-                    if error is not None:
-                        raise error
-            except LingraftError as raised:
-                failed.append((step, raised))
-    return failed
-
-
-def _made(steps: Sequence[tuple[Step, Path]], session: Session) -> list[LingraftError | None]:
-    """Carries out a step, or trainings together, in working folders: for each why it failed, or None."""
-    if len(steps) > 1:
-        return execute_together([step for step, _ in steps], session, [work for _, work in steps])
-    try:
-        for step, work in steps:
-            execute(step, session, work)
-    except LingraftError as error:
-        return [error]
-    return [None] * len(steps)
-
-
-def write_manifest(plan: Plan, located: Located, store: Store, out: Path) -> None:
-    """Writes what a report needs to find: the folder of every number, relative to the store."""
-
-    def place(step: Step) -> str:
-        return f"{step.kind}/{step.key}"
-
-    manifest: dict[str, Any] = {
-        "format": 2,
-        "experiment": plan.experiment.model_dump(mode="json"),
-        "metric": main_metric(plan.experiment),
-        "backbone": {"name": located.name, "digest": located.digest},
-        "store": os.path.relpath(store.root, out.absolute()),
-        "cells": [
-            {
-                "method": cell.method,
-                "language": cell.language,
-                "seed": cell.seed,
-                "predict": place(cell.predict),
-                "score": place(cell.score),
-                "adapter": place(cell.adapter) if cell.adapter else None,
-            }
-            for cell in plan.cells
-        ],
-        "selections": [
-            {"method": name, "language": language, "path": f"{place(step)}/{SELECTED}"}
-            for (name, language), step in plan.selections.items()
-        ],
-        "comparisons": [
-            {"language": language, "seed": seed, "path": f"{place(step)}/{SIMILARITY}"}
-            for (language, seed), step in plan.comparisons.items()
-        ],
-        "absent": [list(entry) for entry in plan.absent],
-        "plan": digest_value([step.key for step in plan.steps], 24),
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / MANIFEST, manifest)
-
-
-def main_metric(experiment: Experiment) -> str:
-    """What the experiment's task is measured by."""
-    rule = find_task(experiment.task, experiment.tasks).rule(experiment.prompt)
-    return MAIN[rule["kind"]]
-
-
-def estimates(plan: Plan, store: Store, located: Located, device: str = "H100") -> dict[str, Any]:
-    """What a run would do and about how long it takes.
-
-    Rates come from the finished steps of this store on the same base model; the demo model has measured defaults; else the
-    time is None.
+def carry_out(todo: Sequence[Step], store: Store, workers: Workers, events: Events, most: int = 1) -> int:
+    """Has steps made by workers.
 
     Args:
-        plan: The plan.
-        store: The finished steps.
-        located: The base model.
-        device: The GPU to reckon hours for; see `costs`.
+        todo: The steps, inputs first.
+        store: Where they appear.
+        workers: Who makes them; they are stopped at the end.
+        events: Whom to tell.
+        most: How many trainings of one shape may go on together.
 
     Returns:
-        `steps` by kind (pending, finished), `seconds` on this machine or None, and `cost`, what the pending steps would take on a
-        GPU (see `costs.cost`), or None where the base model's shape is not known without fetching it.
+        How many were made here.
+
+    Raises:
+        RunFailed: Some steps failed.
+        Interrupted: Ctrl-C.
+        UserError: The very first step found the request wrong.
     """
-    todo = pending(plan, store)
-    kinds: dict[str, dict[str, int]] = {}
-    waiting = {step.key for step in todo}
-    for step in plan.steps:
-        counts = kinds.setdefault(step.kind, {"pending": 0, "finished": 0})
-        counts["pending" if step.key in waiting else "finished"] += 1
-    sizes = characters(plan.experiment, plan.steps)
-    rates = _rates(plan, store, sizes)
-    seconds: float | None = 0.0
-    for step in todo:
-        if step.kind not in ("train", "predict") or step.config.get("initial"):
-            continue
-        if step.key not in sizes or step.kind not in rates:
-            seconds = None
-            break
-        seconds += sizes[step.key] / rates[step.kind]
-    shape = shape_for(located)
-    return {
-        "steps": kinds,
-        "seconds": seconds,
-        "cost": None if shape is None else cost(plan, shape, todo, device=device),
-    }
+    carrier = _Carrier(Schedule(todo, workers.sort), store, workers, events, most)
+    try:
+        carrier.go()
+    except KeyboardInterrupt:
+        running = carrier.schedule.running.values()
+        raise Interrupted(
+            f"interrupted during {', '.join(repr(step.label) for step in running) or 'a pause'} "
+            f"({len(carrier.schedule.finished)} of {carrier.schedule.total} steps done)",
+            remedy="run the same command again: finished steps are kept, a training goes on from its last checkpoint, and an "
+            "evaluation from its last batch",
+        ) from None
+    finally:
+        workers.stop()
+    if carrier.errors:
+        failed, stopped = len(carrier.schedule.failed), len(carrier.schedule.stopped)
+        outcome = RunFailed(
+            f"{failed} step{'s' if failed > 1 else ''} failed and {stopped} that depend on them did not run; the rest is finished",
+            remedy="mend the cause and run the same command again",
+        )
+        outcome.exit_code = max(1, min(error.exit_code for error in carrier.errors))
+        raise outcome
+    return len(carrier.made)
 
 
-def _rates(plan: Plan, store: Store, sizes: dict[str, int]) -> dict[str, float]:
-    """Characters a second, by kind."""
-    rates = dict(_DEMO_RATES) if plan.experiment.backbone.model == "demo" else {}
-    sums: dict[str, list[float]] = {}
-    for step in plan.steps:
-        if step.key in sizes and step.kind in ("train", "predict") and store.has(step.kind, step.key):
-            total = sums.setdefault(step.kind, [0.0, 0.0])
-            total[0] += sizes[step.key]
-            record = store.record(step.kind, step.key)
-            total[1] += (record.get("seconds") or 0) / record.get("environment", {}).get("together", 1)
-    return rates | {kind: done / time for kind, (done, time) in sums.items() if time > 0}
+class _Carrier:
+    """A schedule on its way: what is begun, and what becomes of it."""
+
+    def __init__(self, schedule: Schedule, store: Store, workers: Workers, events: Events, most: int) -> None:
+        self.schedule, self.store, self.workers, self.events, self._most = schedule, store, workers, events, most
+        self.made: set[str] = set()
+        self.errors: list[LingraftError] = []
+        self._begun: dict[str, int] = {}
+        self._tries: Counter[str] = Counter()
+        self._paused: dict[str, tuple[Step, float]] = {}
+        self._said: set[str] = set()
+        self._shapes: dict[str, str | None] = {}
+
+    def go(self) -> None:
+        """Until nothing is left to do."""
+        while not self.schedule.over:
+            self._wake()
+            self._begin()
+            for step, error in self.workers.ended(self._patience()):
+                self._settle(step, error)
+
+    def _begin(self) -> None:
+        """Begins what can begin: of every sort, for as long as there is room for it."""
+        for sort in self.schedule.sorts:
+            while (step := self.schedule.take(sort)) is not None:
+                if not self.workers.room(step):
+                    self.schedule.put_back(step)
+                    break
+                group = [step]
+                if self._most > 1 and self._shape(step) is not None:
+                    group += self.schedule.take_like(step, self._shape, self._most - 1)
+                for one in group:
+                    if one.key not in self._begun:
+                        self._begun[one.key] = len(self._begun) + 1
+                        self.events.step(one, self._begun[one.key], self.schedule.total)
+                self.workers.start(group)
+
+    def _shape(self, step: Step) -> str | None:
+        if step.key not in self._shapes:
+            self._shapes[step.key] = shape_of(step)
+        return self._shapes[step.key]
+
+    def _patience(self) -> float:
+        """Seconds to wait for a step that ends."""
+        if not self._paused:
+            return 1.0
+        if len(self._paused) == len(self.schedule.running) and not self.schedule.sorts:
+            time.sleep(max(0.0, min(at for _, at in self._paused.values()) - time.monotonic()))
+        return 0.0
+
+    def _wake(self) -> None:
+        """Steps whose pause is over are open again; they may be finished by now."""
+        now = time.monotonic()
+        for key in [key for key, (_, at) in self._paused.items() if at <= now]:
+            step, _ = self._paused.pop(key)
+            self.schedule.put_back(step)
+
+    def _settle(self, step: Step, error: LingraftError | None) -> None:
+        """What becomes of a step that has ended."""
+        if error is None or isinstance(error, AlreadyMade):
+            if error is None:
+                self.made.add(step.key)
+            self.schedule.finish(step)
+            self.events.ended(step)
+        elif isinstance(error, Busy):
+            if step.key not in self._said:
+                self._said.add(step.key)
+                self.events.notice(f"waiting for '{step.label}': {error.what}")
+            self._pause(step)
+        elif self._tries[step.key] < TRIES - 1 and self._is_again(step, error):
+            self._tries[step.key] += 1
+        else:
+            self._fail(step, error)
+
+    def _pause(self, step: Step) -> None:
+        self._paused[step.key] = (step, time.monotonic() + _PAUSE)
+
+    def _is_again(self, step: Step, error: LingraftError) -> bool:
+        """Whether a step that failed is to be begun again: when its inputs are whole, or after a pause."""
+        if isinstance(error, Damaged):
+            _set_aside(error, self.store, self.events)
+        missing = _absent(step.inputs.values(), self.store)
+        if missing or isinstance(error, Damaged):
+            self.schedule.add(missing)
+            self.schedule.put_back(step)
+            return True
+        if isinstance(error, TransientError):
+            self.events.notice(f"trying '{step.label}' again: {error.what}")
+            self._pause(step)
+            return True
+        return False
+
+    def _fail(self, step: Step, error: LingraftError) -> None:
+        first = not self.schedule.finished and not self.errors and len(self.schedule.running) == 1
+        self.schedule.fail(step)
+        self.errors.append(error)
+        self.events.ended(step)
+        self.events.failure(step, error)
+        if isinstance(error, UserError) and first:
+            raise error
+
+
+def _absent(steps: Iterable[Step], store: Store) -> list[Step]:
+    """Those of the steps that are not in the store, and of what these need, inputs first."""
+    found: dict[str, Step] = {}
+
+    def visit(step: Step) -> None:
+        if step.key not in found and not store.has(step.kind, step.key):
+            for needed in step.inputs.values():
+                visit(needed)
+            found[step.key] = step
+
+    for step in steps:
+        visit(step)
+    return list(found.values())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lingraft.config import SpeedConfig
 from lingraft.errors import MissingExtra, UserError
+from lingraft.processes import Sharding
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,49 @@ def attention(speed: SpeedConfig, device: "torch.device", dtype: "torch.dtype") 
                 f"{FLASH} needs the package flash-attn", remedy=f"install it for your CUDA and PyTorch, or {remedy}"
             )
     return {"attn_implementation": speed.attention}
+
+
+def shard(model: Any, device: "torch.device", how: Sharding) -> None:
+    """Divides a frozen model's layers among the processes; a layer is gathered while it computes.
+
+    Embeddings, the last norm and heads stay whole: losses and scores read the output embedding outside of the model. Adapters that
+    are put on later are whole in every process.
+
+    Args:
+        model: A model of transformers', with all of its weights, frozen.
+        device: Where the shards go.
+        how: How, as the launcher says.
+
+    Raises:
+        UserError: The model has no layers that lingraft knows.
+        MissingExtra: DeepSpeed is asked for and not installed.
+    """
+    import torch
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError(
+            f"{type(model).__name__} has no layers that lingraft knows to shard", remedy="launch it without sharding"
+        )
+    if how.deepspeed is not None:
+        if importlib.util.find_spec("deepspeed") is None:
+            raise MissingExtra("deepspeed", "deepspeed")
+        import deepspeed  # pyright: ignore[reportMissingImports]
+
+        # Without anything to train, stage 3 is the fetching and releasing of weights alone.
+        deepspeed.initialize(model=torch.nn.ModuleList(layers), config=dict(how.deepspeed))
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=how.reshard)
+    divided = {id(p) for layer in layers for p in layer.parameters()}
+    whole = {p for p in model.base_model.parameters() if id(p) not in divided}
+    # The root: it has the next layer gathered while one computes.
+    fully_shard(model.base_model, mesh=mesh, ignored_params=whole)
 
 
 def fuse_kernels(model: Any, speed: SpeedConfig, device: "torch.device") -> str:

@@ -212,7 +212,9 @@ def _bottleneck(backbone: "Backbone", config: AdapterConfig, seed: int) -> Fresh
     sizes: dict[str, int] = {}
     for module in modules:
         layer: Any = backbone.model.get_submodule(module)
-        width = int(layer.weight.shape[0]) if layer.weight.dim() == 1 else _sizes(backbone, module)[1]
+        # DeepSpeed leaves an empty tensor where it shards, and says what its shape was.
+        shape = getattr(layer.weight, "ds_shape", layer.weight.shape)
+        width = int(shape[0]) if len(shape) == 1 else _sizes(backbone, module)[1]
         sizes[module] = size = max(1, int(width / config.reduction))
         rng = _drawn("init", backbone, module, size, seed)
         for name, shape in (("down", (size, width)), ("up", (width, size))):

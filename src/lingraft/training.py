@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from lingraft import __version__, lottery
+from lingraft import __version__, lottery, processes
 from lingraft.adapter import Adapter
 from lingraft.attaching import Part, part, peft_config, tensors_on
 from lingraft.backbones import Backbone, environment
+from lingraft.checkpoints import BEST, CHECKPOINT
 from lingraft.config import AdapterConfig, TrainingConfig
 from lingraft.errors import AdapterError, LingraftError, UserError
 from lingraft.fusion.attaching import put_on
@@ -26,7 +27,7 @@ from lingraft.layouts.common import CONFIG, SIDECAR, WEIGHTS
 from lingraft.rows import REMEDY
 from lingraft.serving import TOGETHER
 from lingraft.stacks import check_stack, described, write_note
-from lingraft.stepping import BEST, CHECKPOINT, Learner, Progress, learn, learn_together, objective_of
+from lingraft.stepping import Learner, Progress, learn, learn_together, objective_of
 from lingraft.store import write_json
 from lingraft.structures import fresh, fresh_coupling
 from lingraft.tensors import write_all
@@ -154,6 +155,18 @@ def train_one(
     checkpoint_seconds: float = 30.0,
 ) -> dict[str, Any]:
     """As `train`, of a training that is a value."""
+    with processes.own_folder(job.out) as out:
+        return _train_one(backbone, replace(job, out=out), second, beneath, trackers, checkpoint_seconds)
+
+
+def _train_one(
+    backbone: Backbone,
+    job: Job,
+    second: SecondStage | None,
+    beneath: Sequence[Adapter],
+    trackers: Sequence[str],
+    checkpoint_seconds: float,
+) -> dict[str, Any]:
     begun = _begin(backbone, job, beneath, second)
     sequences, out, adapter, seed = job.sequences, job.out, job.adapter, job.seed
     head, made, parts = begun.head, begun.made, [part(one) for one in beneath]
@@ -220,6 +233,14 @@ def train_together(
     for job in jobs:
         if reason := why_apart(backbone, jobs[0], job):
             raise UserError(f"these adapters cannot be trained together: {reason}", remedy=REMEDY)
+    with ExitStack() as folders:
+        jobs = [replace(job, out=folders.enter_context(processes.own_folder(job.out))) for job in jobs]
+        return _train_all(backbone, jobs, trackers, checkpoint_seconds)
+
+
+def _train_all(
+    backbone: Backbone, jobs: Sequence[Job], trackers: Sequence[str], checkpoint_seconds: float
+) -> list[dict[str, Any] | LingraftError]:
     outcomes: list[dict[str, Any] | LingraftError | None] = [None] * len(jobs)
     begun: dict[int, _Begun] = {}
     for number, job in enumerate(jobs):
@@ -319,6 +340,8 @@ def _begin(backbone: Backbone, job: Job, beneath: Sequence[Adapter] = (), second
         BackboneError: An encoder's checkpoint has no language model to be trained with.
     """
     objective_of(backbone, job.sequences)
+    if second is not None:
+        backbone.check_whole("a second stage")
     head = _head_of(backbone, job)
     _check(job.adapter, beneath, job.start_from, second)
     for one in beneath:
@@ -344,6 +367,8 @@ def _ended(backbone: Backbone, out: Path, summary: dict[str, Any]) -> dict[str, 
     """Takes away what a training that is written needs no longer."""
     for left in (CHECKPOINT, BEST, lottery.SELECTION):
         (out / left).unlink(missing_ok=True)
+        for damaged in out.rglob(f"damaged-*.{left}"):
+            damaged.unlink()
     return {**summary, "environment": environment(backbone)}
 
 

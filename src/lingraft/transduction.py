@@ -1,13 +1,15 @@
 """Encoder-decoders: what they read and write, how they learn from answers and from plain text, and what they answer."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from lingraft import processes
 from lingraft.backbones import Backbone
 from lingraft.batching import Counterpart, cut
 from lingraft.encoding import Encoded
@@ -17,6 +19,7 @@ from lingraft.fusion.xmixup import Texts
 from lingraft.fusion.xmixup_losses import paired_loss
 from lingraft.journal import Journal
 from lingraft.losses import Drawn, Objective, by_sequence, cross_entropies, project, summed_cross_entropy
+from lingraft.memory import by_halves
 from lingraft.metrics import Generated, Prediction
 from lingraft.stacks import Adapters
 from lingraft.tasks.items import Example
@@ -363,29 +366,47 @@ def predict_choice(
     sources = [read(backbone, e, max_input) for e in examples]
     beside = [counterpart(backbone, e, max_input) for e in examples]
     targets = [[_written(backbone, c) for c in e.candidates] for e in examples]
-    known: dict[int, list[list[float]]] = {} if journal is None else journal.known("labels")
-    done = 0
+
+    def ask(numbers: Sequence[int]) -> dict[int, list[list[float]]]:
+        rows, besides = [sources[n][0] for n in numbers], [beside[n] for n in numbers]
+        with _mixing(backbone, rows, besides):
+            states, mask = _encoded(backbone, rows, besides)
+        owners = torch.tensor([row for row, n in enumerate(numbers) for _ in targets[n]], device=states.device)
+        flat = [target for n in numbers for target in targets[n]]
+        values = iter(_log_likelihoods(backbone, states[owners], mask[owners], flat))
+        return {n: [next(values) for _ in targets[n]] for n in numbers}
+
+    batches = _batches([s for s, _ in sources], [len(t) for t in targets], batch_tokens)
     with with_adapter(backbone, adapter), torch.inference_mode():
-        for numbers in _batches([s for s, _ in sources], [len(t) for t in targets], batch_tokens):
-            if not known.keys() >= set(numbers):
-                rows, besides = [sources[n][0] for n in numbers], [beside[n] for n in numbers]
-                with _mixing(backbone, rows, besides):
-                    states, mask = _encoded(backbone, rows, besides)
-                owners = torch.tensor([row for row, n in enumerate(numbers) for _ in targets[n]], device=states.device)
-                flat = [target for n in numbers for target in targets[n]]
-                values = iter(_log_likelihoods(backbone, states[owners], mask[owners], flat))
-                made = {n: [next(values) for _ in targets[n]] for n in numbers}
-                known |= made
-                if journal is not None:
-                    journal.add("labels", made)
-            done += len(numbers)
-            if progress is not None:
-                progress(done, len(examples))
+        known = _computed(batches, ask, journal, "labels", progress)
     found: list[Prediction] = []
     for n, example in enumerate(examples):
         scores = tuple(sum(v) / len(v) if normalised else sum(v) for v in known[n])
         found.append(Prediction(example.id, example.gold, scores, example.prompt, sources[n][1]))
     return found
+
+
+def _computed(
+    batches: Iterable[Sequence[int]],
+    ask: Callable[[Sequence[int]], dict[int, Any]],
+    journal: Journal | None,
+    part: str,
+    progress: Progress | None,
+) -> dict[int, Any]:
+    """What is found of the items of batches, those that a journal knows left out."""
+    batches, done = list(batches), 0
+    total = sum(map(len, batches))
+
+    def after(numbers: Sequence[int], made: Mapping[int, Any]) -> None:
+        nonlocal done
+        if journal is not None and made:
+            journal.add(part, made)
+        done += len(numbers)
+        if progress is not None:
+            progress(done, total)
+
+    known = {} if journal is None else journal.known(part)
+    return processes.computed(batches, partial(by_halves, ask), known, after)
 
 
 def generate(
@@ -423,24 +444,19 @@ def generate(
         raise DataError("there is nothing to evaluate")
     sources = [read(backbone, e, max_input) for e in examples]
     beside = [counterpart(backbone, e, max_input) for e in examples]
-    known: dict[int, tuple[str | None, float]] = {} if journal is None else journal.known("texts")
-    done = 0
+
+    def ask(numbers: Sequence[int]) -> dict[int, tuple[str | None, float]]:
+        rows, besides = [sources[n][0] for n in numbers], [beside[n] for n in numbers]
+        with _mixing(backbone, rows, besides):
+            states, mask = _encoded(backbone, rows, besides)
+            texts = _texts(backbone, rows, besides, max_output, states) if write else [None] * len(rows)
+        targets = [_written(backbone, examples[n].completion) for n in numbers]
+        likely = [sum(v) / len(v) for v in _log_likelihoods(backbone, states, mask, targets)]
+        return dict(zip(numbers, zip(texts, likely, strict=True), strict=True))
+
+    batches = _batches([s for s, _ in sources], [1] * len(sources), batch_tokens)
     with with_adapter(backbone, adapter), torch.inference_mode():
-        for numbers in _batches([s for s, _ in sources], [1] * len(sources), batch_tokens):
-            if not known.keys() >= set(numbers):
-                rows, besides = [sources[n][0] for n in numbers], [beside[n] for n in numbers]
-                with _mixing(backbone, rows, besides):
-                    states, mask = _encoded(backbone, rows, besides)
-                    texts = _texts(backbone, rows, besides, max_output, states) if write else [None] * len(rows)
-                targets = [_written(backbone, examples[n].completion) for n in numbers]
-                likely = [sum(v) / len(v) for v in _log_likelihoods(backbone, states, mask, targets)]
-                made = dict(zip(numbers, zip(texts, likely, strict=True), strict=True))
-                known |= made
-                if journal is not None:
-                    journal.add("texts", made)
-            done += len(numbers)
-            if progress is not None:
-                progress(done, len(examples))
+        known = _computed(batches, ask, journal, "texts", progress)
     found: list[Generated] = []
     for n, e in enumerate(examples):
         references = e.references or ((e.completion.strip(),) if e.candidates else ())

@@ -3,19 +3,18 @@
 `located_translator` and `translation_digest` are all that a plan needs; they import no deep-learning library.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lingraft.backbones import _device, training_stack
+from lingraft.backbones import device_name, training_stack
 from lingraft.config import BackboneConfig
 from lingraft.digests import digest_value
 from lingraft.errors import BackboneError, MissingExtra, UserError
 from lingraft.languages import LANGUAGES, name_of
-from lingraft.locating import Located, locate, materialise
+from lingraft.locating import Located, configuration, locate, materialise
 
 if TYPE_CHECKING:
     import torch
@@ -147,7 +146,7 @@ class Translator:
         folder = materialise(self.located)
         kind = _kind(folder, self.located.name)
         self.tokenizer = _tokenizer(folder)
-        self.device = torch.device(_device(device))
+        self.device = torch.device(device_name(device))
         self.model = _model(folder, getattr(torch, dtype)).to(self.device).eval().requires_grad_(False)
         config, own = self.model.config, self.model.generation_config
         first: int | None = None
@@ -265,11 +264,7 @@ class Translator:
 
 
 def _kind(folder: Path, name: str) -> str:
-    path = folder / "config.json"
-    try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise BackboneError(f"the model's configuration cannot be read ({error})", where=path) from None
+    kind = configuration(folder / "config.json").get("model_type")
     if kind not in _TYPES:
         raise UserError(
             f"'{name}' is no translation model (its type is {kind})", remedy="give an NLLB, M2M-100 or Marian model"

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -51,7 +52,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).mkdir()
     for name in ("model", "pickled"):
         (tmp_path / name / "config.json").write_text("{}")
-    (tmp_path / "model/model.safetensors").write_bytes(b"\0" * 16)
+    (tmp_path / "model/model.safetensors").write_bytes(b"\x02" + b"\0" * 7 + b"{}")
     (tmp_path / "pickled/pytorch_model.bin").write_bytes(b"\0")
     for seed, name in enumerate(("task", "target", "source")):
         write_adapter(tmp_path / name, seed)
@@ -320,9 +321,16 @@ def test_lists_are_printed_for_people_too():
         assert all(name in result.stdout for name in names)
 
 
-@pytest.mark.parametrize("verb", sorted(main.commands))
-def test_every_verb_has_help_json_and_debug(verb: str):
-    result = lingraft(verb, "--help")
+VERBS = [
+    [name, *below]
+    for name, command in sorted(main.commands.items())
+    for below in ([[part] for part in command.commands] if isinstance(command, click.Group) else [[]])
+]
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
+def test_every_verb_has_help_json_and_debug(verb: list[str]):
+    result = lingraft(*verb, "--help")
     assert result.exit_code == 0
     assert "--json" in result.stdout
     assert "--debug" in result.stdout

@@ -14,13 +14,14 @@ from lingraft.config import AdapterConfig, BackboneConfig, TrainingConfig, load_
 from lingraft.encoding import labelled_sequences, masked_sequences
 from lingraft.errors import AdapterError
 from lingraft.evaluation import Asking, Questions, ask, grid
-from lingraft.execution import Session, execute
+from lingraft.execution import execute
 from lingraft.heads import Head
 from lingraft.locating import locate
 from lingraft.merging import Graft
 from lingraft.plan import Step, make_plan
 from lingraft.predictions import read_predictions
 from lingraft.runner import run
+from lingraft.session import Session
 from lingraft.store import Store
 from lingraft.tasks.items import Example
 from lingraft.training import train

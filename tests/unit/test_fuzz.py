@@ -65,7 +65,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 for seed, name in enumerate(NAMES):
                     write_any(place / name, structure, seed, dtype, sidecar)
                 save_divergence(place / "target", place / "source", place / "divergence", True)
-                (place / ".divergence.lock").unlink()
+                (place / ".divergence.lock").unlink(missing_ok=True)
     return root
 
 

@@ -95,8 +95,8 @@ data_dir: bundled
 """
 SWAHILI = "--model model --language sw --data-dir bundled --dtype float32 --out out"
 VERBS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "tasks": ("tasks", (*HEAVY, *TABLES, *DRAWING, "numpy", "safetensors", "filelock", "lingraft.plan")),
-    "methods": ("methods", (*HEAVY, *TABLES, *DRAWING, "numpy", "safetensors", "filelock", "lingraft.plan")),
+    "tasks": ("tasks", (*HEAVY, *TABLES, *DRAWING, "numpy", "safetensors", "lingraft.plan")),
+    "methods": ("methods", (*HEAVY, *TABLES, *DRAWING, "numpy", "safetensors", "lingraft.plan")),
     "schema": ("schema", (*HEAVY, *TABLES, *DRAWING, "numpy", "rich", "lingraft.plan")),
     "merge": (
         "merge --task task --target-ref target --source-ref source --weight 1 --out out",

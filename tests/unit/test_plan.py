@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from lingraft import plan as planning
 from lingraft.config import Experiment, validated
 from lingraft.errors import ConfigError, DataError, UserError
-from lingraft.execution import Session, execute
+from lingraft.execution import execute
 from lingraft.locating import Located
 from lingraft.methods import METHODS
 from lingraft.plan import VERSIONS, Plan, Step, characters, make_plan, ordered
+from lingraft.session import Session
 from lingraft.store import Store, read_json, write_json
 from lingraft.tasks.sources import BUNDLED
 from lingraft.tasks.table import TASKS
@@ -317,11 +318,10 @@ def test_the_likeliest_weight_is_chosen_and_of_equals_the_smallest(
     for role, step in select.inputs.items():
         number = [repr(0.0), repr(1 / 3), repr(1.0)].index(role.split("/")[0])
         off = 0.1 if role.endswith("/0") else -0.1  # Seeds differ; their mean decides.
-        folder = shelf.path("score", step.key)
-        folder.mkdir(parents=True)
         # Accuracy says otherwise, and is not asked.
         values = {"gold_log_likelihood": likelihoods[number] + off, "accuracy": 1 - chosen, "entropy": chosen}
-        write_json(folder / "scores.json", {name: {"value": value} for name, value in values.items()})
+        with shelf.making("score", step.key, {}) as folder:
+            write_json(folder / "scores.json", {name: {"value": value} for name, value in values.items()})
     experiment = plan.experiment
     located = Located("fake", "fake:1", "gguf", None, experiment.backbone)
     (tmp_path / "work").mkdir()

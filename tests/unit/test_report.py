@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from lingraft.commands.experiments import show_report
-from lingraft.errors import UserError
+from lingraft.digests import digest_value
+from lingraft.errors import StoreError, UserError
 from lingraft.metrics import Prediction
 from lingraft.predictions import write_evaluation
 from lingraft.report.results import FORMAT, results
@@ -28,7 +29,7 @@ from lingraft.report.tables import (
     percent,
 )
 from lingraft.report.terminal import lines, show
-from lingraft.store import write_json
+from lingraft.store import Store, write_json
 
 Right = Mapping[str, Mapping[str, Sequence[str]]]
 """Method → language → for each seed, which items were answered rightly, as in "1100"."""
@@ -57,32 +58,41 @@ def make_run(
     *,
     absent: Sequence[Sequence[str]] = (),
     names: Mapping[str, Sequence[str]] | None = None,
+    chosen: Mapping[str, Any] | None = None,
     **experiment: Any,
 ) -> Path:
     """Writes a store and a manifest with the library's own functions."""
-    store = folder / "store"
+    store = Store(folder / "store")
+
+    def made(kind: str, *what: Any, **files: Any) -> str:
+        """A finished step with JSON files, or what the caller adds to it."""
+        place = f"{kind}/{digest_value(what, 24)}"
+        with store.making(*place.split("/"), {"what": what}) as work:
+            for name, value in files.items():
+                write_json(work / f"{name}.json", value)
+        return place
+
     cells: list[dict[str, Any]] = []
     for method, by_language in right.items():
         for language, seeds in by_language.items():
             for seed, answers in enumerate(seeds):
-                place = f"predict/{method}-{language}-{seed}"
-                (store / place).mkdir(parents=True)
+                predicted = ("predict", digest_value([method, language, seed], 24))
                 items = (names or {}).get(language, [f"i{n}" for n in range(len(answers))])
                 found = predictions(answers, items)
-                # Items are matched by name, whatever their order in the file.
-                write_evaluation(store / place, found[::-1] if seed else found, ["yes", "no"])
+                with store.making(*predicted, {}) as work:
+                    # Items are matched by name, whatever their order in the file.
+                    write_evaluation(work, found[::-1] if seed else found, ["yes", "no"])
+                place = "/".join(predicted)
                 cell = {"method": method, "language": language, "seed": seed}
                 cells.append(cell | {"predict": place, "score": place, "adapter": None})
                 if method == "adamergex":
-                    adapter = store / f"merge/{language}-{seed}"
-                    adapter.mkdir(parents=True)
-                    write_json(adapter / "step.json", {"n": seed})
-                    cells[-1]["adapter"] = f"merge/{language}-{seed}"
+                    cells[-1]["adapter"] = made("merge", language, seed)
     selections: list[dict[str, Any]] = []
     if "adamergex" in right:
-        write_json(store / "selected.json", {"weight": 0.5, "criterion": "gold_log_likelihood", "curve": CURVE})
-        selections.append({"method": "adamergex", "language": None, "path": "selected.json"})
-    write_json(store / "similarity.json", {"cosine": 0.25, "norms": [3.0, 4.0]})
+        chosen = {"weight": 0.5, "criterion": "gold_log_likelihood", "curve": CURVE} if chosen is None else chosen
+        path = made("select", selected=chosen)
+        selections.append({"method": "adamergex", "language": None, "path": f"{path}/selected.json"})
+    compared = made("compare", similarity={"cosine": 0.25, "norms": [3.0, 4.0]})
     manifest = {
         "format": FORMAT,
         "experiment": {
@@ -99,7 +109,7 @@ def make_run(
         "store": "store",
         "cells": cells,
         "selections": selections,
-        "comparisons": [{"language": "sw", "seed": 0, "path": "similarity.json"}],
+        "comparisons": [{"language": "sw", "seed": 0, "path": f"{compared}/similarity.json"}],
         "absent": [list(a) for a in absent],
         "plan": "x",
     }
@@ -225,6 +235,27 @@ def test_a_run_that_is_moved_with_its_store_reads_the_same(tmp_path: Path, monke
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="not a finished run"):
         results(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["predict", "select", "compare"])
+def test_a_corrupted_step_is_an_error_and_no_number(tmp_path: Path, kind: str):
+    run = make_run(tmp_path)
+    path = next(p for p in sorted((tmp_path / "store" / kind).glob("*/*")) if p.name != "step.json")
+    path.write_bytes(path.read_bytes().replace(b"0", b"1"))
+    with pytest.raises(StoreError, match="changed") as caught:
+        results(run)
+    assert caught.value.where == str(path.parent)
+    assert "lingraft run" in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize("place", ["../../etc", "predict/../../etc", "/etc/x", "predict", ""])
+def test_no_place_in_a_manifest_leads_out_of_the_store(tmp_path: Path, place: str):
+    run = make_run(tmp_path)
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["cells"][0]["predict"] = place
+    write_json(run / "manifest.json", manifest)
+    with pytest.raises(StoreError, match="no step is called"):
+        results(run)
 
 
 # Tables.
@@ -379,8 +410,7 @@ def test_a_flat_curve_is_drawn(tmp_path: Path):
 
 
 def test_a_given_weight_has_no_curve(tmp_path: Path):
-    run = make_run(tmp_path, development=[])
-    write_json(tmp_path / "store/selected.json", {"weight": 0.7, "curve": []})
+    run = make_run(tmp_path, development=[], chosen={"weight": 0.7, "curve": []})
     found = results(run)
     assert "0.7  as given" in plain(found)
     assert curve_table(found)[1] == [["AdaMergeX", "0.7", "", "", "as given"]]

@@ -72,7 +72,8 @@ def test_the_record_holds_what_was_asked_what_was_added_and_the_hash_of_every_fi
         write_json(work / "extra.json", {"seconds": 1.5})
     record = read_json(target / RECORD)
     hashes = {"a.txt": hashlib.sha256(b"a").hexdigest(), "sub/b.bin": hashlib.sha256(b"\0b").hexdigest()}
-    assert record == {"kind": "train", "n": 1, "seconds": 1.5, "files": hashes}
+    said = {"kind": "train", "n": 1, "seconds": 1.5, "files": hashes}
+    assert record == {**said, "seal": digest_value(said)}
     assert content_hashes(target) == hashes
     assert not (target / "extra.json").exists()
     assert not (target / "intent.json").exists()
@@ -179,6 +180,7 @@ for number in range(10_000):
         (errno.EDQUOT, "quota"),
         (errno.EACCES, "permission"),
         (errno.EROFS, "read-only"),
+        (errno.EIO, "reports an error"),
     ],
 )
 def test_what_the_system_refuses_is_said_in_words(
@@ -187,9 +189,9 @@ def test_what_the_system_refuses_is_said_in_words(
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(store, "write_json", refuse)
-    with pytest.raises(StoreError, match=says) as caught, appearing(tmp_path / "target", {"n": 1}):
-        pytest.fail("the block must not run")
+    monkeypatch.setattr(store, "_sync", refuse)
+    with pytest.raises(StoreError, match=says) as caught, appearing(tmp_path / "target", {"n": 1}) as work:
+        (work / "half.txt").write_text("half")
     assert caught.value.where == str(tmp_path / "target")
     assert caught.value.remedy
     assert not (tmp_path / "target").exists()
@@ -271,11 +273,12 @@ def test_a_remembered_digest_is_the_digest_of_the_present_bytes(tmp_path: Path, 
 
 def test_the_store_finds_what_it_made(tmp_path: Path):
     shelf = Store(tmp_path / "store")
-    assert not shelf.has("train", "k")
-    with shelf.making("train", "k", {"n": 1}):
-        assert not shelf.has("train", "k")
-    assert shelf.has("train", "k")
-    assert shelf.path("train", "k") == tmp_path / "store" / "train" / "k"
-    assert shelf.record("train", "k") == {"n": 1, "files": {}}
+    assert not shelf.has("train", "ab")
+    with shelf.making("train", "ab", {"n": 1}):
+        assert not shelf.has("train", "ab")
+    assert shelf.has("train", "ab")
+    assert shelf.path("train", "ab") == tmp_path / "store" / "train" / "ab"
+    assert shelf.folder("train", "ab") == tmp_path / "store" / "train" / "ab"
+    assert shelf.record("train", "ab") == {"n": 1, "files": {}}
     with pytest.raises(StoreError, match="missing"):
-        shelf.record("train", "other")
+        shelf.record("train", "cd")

@@ -489,7 +489,9 @@ def test_offline_the_commit_is_the_caches(hub_cache: Path):
     assert hub_commit("Davlan/sib200", "dataset") == "0123abcd"
     assert hub_commit("some/model", "model") == "4567cdef"
     assert HubSource("Davlan/sib200", "x", "test").digest() == "hub:Davlan/sib200@0123abcd:x:test"
-    assert HubSource("Davlan/sib200", "x", "test", "given").pinned() == "given"
+    assert HubSource("Davlan/sib200", "x", "test", "fedc").pinned() == "fedc"
+    write(hub_cache / "datasets--Davlan--sib200/refs/v1", "89ab")
+    assert HubSource("Davlan/sib200", "x", "test", "v1").pinned() == "89ab", "a branch or tag moves"
 
 
 def test_offline_what_the_cache_lacks_is_an_error_of_the_right_kind(hub_cache: Path):

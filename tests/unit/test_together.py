@@ -18,6 +18,7 @@ from lingraft.attaching import peft_config
 from lingraft.backbones import Backbone
 from lingraft.batching import answer_sequences, text_sequences
 from lingraft.causal import NEXT_TOKENS
+from lingraft.checkpoints import CHECKPOINT, METRICS
 from lingraft.config import AdapterConfig, BackboneConfig, SpeedConfig, TrainingConfig
 from lingraft.encoding import labelled_sequences, masked_sequences
 from lingraft.errors import LingraftError, UserError
@@ -25,7 +26,7 @@ from lingraft.heads import Head
 from lingraft.lanes import lane_name, parameters_of, random_layers, side_by_side
 from lingraft.layouts.common import CONFIG, SIDECAR
 from lingraft.locating import locate
-from lingraft.stepping import CHECKPOINT, METRICS, _mean_losses
+from lingraft.stepping import _mean_losses
 from lingraft.structures import fresh
 from lingraft.tasks.items import Example
 from lingraft.training import Job, train, train_together, why_apart

@@ -20,9 +20,10 @@ from lingraft.batching import (
     steps_of,
     text_sequences,
 )
+from lingraft.checkpoints import METRICS, resume, save
 from lingraft.config import AdapterConfig, TrainingConfig
 from lingraft.errors import AdapterError, DataError, LingraftError, UserError
-from lingraft.stepping import METRICS, Learner, _resume, _save, batch_loss, learning_rate
+from lingraft.stepping import Learner, batch_loss, learning_rate
 from lingraft.structures import fresh
 from lingraft.tasks.items import Example
 from lingraft.training import hash_tensors, train
@@ -90,7 +91,7 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(tiny: Backbone, monkeyp
             return [p.grad.clone() for p in parameters]
 
     parts = gradients()
-    monkeypatch.setattr("lingraft.stepping.micro_batches", lambda lengths, _, packed=False: [list(range(len(lengths)))])
+    monkeypatch.setattr("lingraft.batching.micro_batches", lambda lengths, _, packed=False: [list(range(len(lengths)))])
     for ours, whole in zip(parts, gradients(), strict=True):
         assert torch.allclose(ours, whole, rtol=1e-4, atol=1e-7)
 
@@ -217,10 +218,10 @@ def test_a_checkpoint_holds_parameters_that_no_gradient_has_reached(tmp_path: Pa
     stopped, again = made(), made()
     for first, last in ((0, 2), (2, 4), (4, 6)):
         go(*stopped, range(first, last))
-        (tmp_path / METRICS).write_text("")
-        _save(tmp_path, *stopped, step=last, seconds=0.0, tokens=0)
+        (tmp_path / METRICS).write_text("".join(f'{{"step": {n}}}\n' for n in range(1, last + 1)))
+        save(tmp_path, *stopped, step=last, seconds=0.0, tokens=0)
         again = made()
-        assert _resume(tmp_path, *again)[0] == last
+        assert resume(tmp_path, *again)[0] == last
         stopped = again
     for name, parameter in whole[0].items():
         assert torch.equal(parameter, again[0][name])
@@ -251,9 +252,10 @@ def test_gradients_that_are_not_finite_never_reach_a_checkpoint(tmp_path: Path) 
     config = TrainingConfig(batch_size=1, epochs=1)
     learner = Learner({"p": parameter}, sequences, tmp_path, config, 0, checkpoint_seconds=0)
     parameter.grad = torch.full((2,), float("inf"))
-    norm = float(learner.update())
+    norm = float(learner.clipped())
     with pytest.raises(LingraftError, match="gradients' norm became"):
-        learner.note(1.0, norm, lambda one: 0.0)
+        learner.take(1.0, norm, lambda one: 0.0)
+    assert torch.equal(parameter, torch.ones(2))
     assert not (tmp_path / "checkpoint.safetensors").exists()
 
 

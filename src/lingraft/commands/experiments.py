@@ -1,17 +1,26 @@
 """`lingraft run`, `quickstart` and `report`."""
 
+import re
+import secrets
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from lingraft import processes
 from lingraft.commands.watching import Watcher, duration, stderr
 from lingraft.config import Experiment, load_experiment
 from lingraft.digests import digest_bytes
-from lingraft.errors import UserError, writing
+from lingraft.errors import StoreError, UserError, writing
 from lingraft.languages import name_of
+
+if TYPE_CHECKING:
+    from lingraft.runner import Events
+    from lingraft.slurm import Options
 
 SHORT = (
     "training.epochs=1",
@@ -25,35 +34,77 @@ SHORT = (
 """What `quickstart --short` changes: enough to see that everything works, too little to learn anything."""
 
 
+@dataclass(frozen=True)
+class Where:
+    """Where steps are made and kept.
+
+    Attributes:
+        store: The folder of finished steps, or an fsspec URL; None: `store` beside the run.
+        on: `local` or `ray`.
+        address: Of a running Ray cluster.
+        only: Keys of the only steps to make.
+    """
+
+    store: str | None = None
+    on: str = "local"
+    address: str | None = None
+    only: tuple[str, ...] = ()
+
+
 def run_experiment(
     path: Path,
     overrides: Sequence[str],
     data_dir: str | None,
     out: Path | None,
-    store: Path | None,
-    on: str,
-    dry_run: bool,
+    where: Where,
     as_json: bool,
+    *,
+    dry_run: bool = False,
     device: str = "H100",
+    export: "Options | None" = None,
 ) -> dict[str, Any] | None:
-    """`lingraft run` and `lingraft quickstart`."""
-    from lingraft.runner import Events, run
+    """`lingraft run` and `lingraft quickstart`, in one process or in each of several that a launcher started."""
+    with processes.said_once():
+        return _ran(path, overrides, data_dir, out, where, as_json, dry_run, device, export)
+
+
+def _ran(
+    path: Path,
+    overrides: Sequence[str],
+    data_dir: str | None,
+    out: Path | None,
+    where: Where,
+    as_json: bool,
+    dry_run: bool,
+    device: str,
+    export: "Options | None",
+) -> dict[str, Any] | None:
+    from lingraft.runner import run
 
     experiment = load_experiment(path, overrides)
     if data_dir is not None:
         experiment = experiment.model_copy(update={"data_dir": data_dir})
     out = out or Path("runs") / experiment.name
     if dry_run:
-        return _dry_run(experiment, out, store, device, as_json)
-    _notices(experiment, as_json)
-    with Watcher(as_json) as watcher, writing(out):
+        return _dry_run(experiment, out, where.store, device, as_json)
+    if export is not None:
+        return _export(experiment, out, where.store, export, as_json)
+    quiet = as_json or not processes.is_main()
+    _notices(experiment, quiet)
+    with Watcher(quiet) as watcher, writing(out):
         outcome = run(
             experiment,
             out,
-            store=store,
-            on=on,
-            events=Events(watcher.step, watcher.progress, watcher.failure),
+            store=where.store,
+            on=where.on,
+            address=where.address,
+            only=where.only,
+            events=_events(watcher),
         )
+    if not processes.is_main():
+        return None
+    if where.only:
+        return {"made": outcome.ran, "finished": outcome.kept} if as_json else None
     if outcome.ran == 0:
         done = f"all {outcome.kept} steps are finished" if outcome.kept else "no method has data"
         stderr().print(f"nothing to do: {done}", highlight=False)
@@ -61,26 +112,32 @@ def run_experiment(
 
 
 def tune_experiment(
-    path: Path, overrides: Sequence[str], data_dir: str | None, store: Path | None, as_json: bool
+    path: Path, overrides: Sequence[str], data_dir: str | None, store: str | None, as_json: bool
 ) -> dict[str, Any] | None:
     """`lingraft tune`."""
     from lingraft.methods import method
     from lingraft.report.terminal import show_tuning
     from lingraft.report.tuning import tuning
-    from lingraft.runner import Events, tune
+    from lingraft.runner import tune
 
     experiment = load_experiment(path, overrides)
     if data_dir is not None:
         experiment = experiment.model_copy(update={"data_dir": data_dir})
-    shelf = store or Path("runs") / "store"
+    shelf = store or str(Path("runs") / "store")
     _notices(experiment, as_json)
-    with Watcher(as_json) as watcher, writing(shelf):
-        plan, kept = tune(experiment, shelf, events=Events(watcher.step, watcher.progress, watcher.failure))
+    with Watcher(as_json) as watcher, writing(Path(shelf)):
+        plan, kept = tune(experiment, shelf, events=_events(watcher))
     found = tuning(plan, kept)
     if as_json:
         return found
     show_tuning(found, {name: method(name).title for name in found}, Console())
     return None
+
+
+def _events(watcher: Watcher) -> "Events":
+    from lingraft.runner import Events
+
+    return Events(watcher.step, watcher.step_progress, watcher.ended, watcher.failure, watcher.notice)
 
 
 def _notices(experiment: Experiment, quiet: bool) -> None:
@@ -94,20 +151,19 @@ def _notices(experiment: Experiment, quiet: bool) -> None:
             stderr().print(f"data: {task.licence}", style="dim", markup=False, highlight=False)
 
 
-def _dry_run(
-    experiment: Experiment, out: Path, store: Path | None, device: str, as_json: bool
-) -> dict[str, Any] | None:
+def _dry_run(experiment: Experiment, out: Path, store: str | None, device: str, as_json: bool) -> dict[str, Any] | None:
+    from lingraft.estimating import estimates
     from lingraft.locating import locate
     from lingraft.plan import make_plan
     from lingraft.report.terminal import lines, show_cost
-    from lingraft.runner import estimates, pending
-    from lingraft.store import Store
+    from lingraft.runner import pending
+    from lingraft.store import open_store
     from lingraft.tasks.sources import without_the_hub
 
     with without_the_hub() as unresolved:
         located = locate(experiment.backbone)
         plan = make_plan(experiment, located)
-    shelf = Store(store or out.parent / "store")
+    shelf = open_store(store or out.parent / "store")
     found = estimates(plan, shelf, located, device)
     waiting = [{"kind": s.kind, "key": s.key, "label": s.label} for s in pending(plan, shelf)]
     if as_json:
@@ -135,6 +191,40 @@ def _dry_run(
     return None
 
 
+def _export(
+    experiment: Experiment, out: Path, store: str | None, options: "Options", as_json: bool
+) -> dict[str, Any] | None:
+    from lingraft.locating import locate
+    from lingraft.plan import make_plan
+    from lingraft.report.terminal import lines
+    from lingraft.slurm import export
+    from lingraft.store import open_store
+
+    located = locate(experiment.backbone)
+    plan = make_plan(experiment, located)
+    found = export(plan, open_store(store or out.parent / "store"), located, out, options)
+    if as_json:
+        return found
+    console = Console()
+    rows = [
+        [
+            array["name"],
+            str(array["tasks"]),
+            str(array["steps"]),
+            str(array["cpus"]),
+            str(array["gpus"]),
+            "unknown" if array["memory"] is None else _bytes(array["memory"]),
+            "site's" if array["hours"] is None else str(array["hours"]),
+        ]
+        for array in found["arrays"]
+    ]
+    lines(["array", "tasks", "steps", "cpus", "gpus", "memory", "hours"], rows, console)
+    if not found["steps"]:
+        console.print("all steps are finished: only the report is left to write", highlight=False)
+    console.print(f"submit with: bash {found['submit']}", markup=False, highlight=False)
+    return None
+
+
 def _bytes(count: float) -> str:
     """A size on disk, in powers of ten as `fusion.cache_limit` has it."""
     for size, unit in ((1e9, "GB"), (1e6, "MB")):
@@ -145,6 +235,7 @@ def _bytes(count: float) -> str:
 
 def show_report(run_dir: Path, as_json: bool, fresh: bool = True, beside: str | None = None) -> dict[str, Any] | None:
     """`lingraft report`: prints the results and writes them beside the manifest."""
+    from lingraft.replacing import write_text
     from lingraft.report import paper
     from lingraft.report.results import results
     from lingraft.report.tables import csv_text, markdown
@@ -167,8 +258,8 @@ def show_report(run_dir: Path, as_json: bool, fresh: bool = True, beside: str | 
         )
     with writing(run_dir):
         write_json(run_dir / "results.json", found)
-        (run_dir / "report.md").write_text(markdown(found, published), encoding="utf-8")
-        (run_dir / "results.csv").write_text(csv_text(found), encoding="utf-8")
+        write_text(run_dir / "report.md", markdown(found, published))
+        write_text(run_dir / "results.csv", csv_text(found))
         _collect_adapters(found, run_dir / "adapters")
         drawn = _draw(found, run_dir)
     if as_json:
@@ -196,16 +287,25 @@ def _draw(found: dict[str, Any], run_dir: Path) -> list[str]:
 
 def _collect_adapters(found: dict[str, Any], target: Path) -> None:
     """Copies the grafted adapters to where a user looks for them, each folder at once."""
+    from lingraft.store import RECORD, verify
+
     for entry in found["adapters"]:
         name = f"{entry['method'].replace(':', '-by-')}-{entry['language']}" + (
             f"-seed{entry['seed']}" if len(found["seeds"]) > 1 else ""
         )
-        final, partial = target / name, target / f".{name}.partial"
-        mark = final / "step.json"
-        source = Path(entry["path"])
-        if mark.is_file() and mark.read_bytes() == (source / "step.json").read_bytes():
+        # A run's folder may be somebody else's: what is removed and written below must be in it.
+        if not re.fullmatch(r"[A-Za-z][\w-]*", name, re.ASCII) or target.is_symlink():
+            raise UserError(f"an adapter of this run cannot be called {name!r}", where=target, remedy="run it again")
+        final, partial = target / name, target / f".{name}.{secrets.token_hex(4)}"
+        mark, source = final / RECORD, Path(entry["path"])
+        if mark.is_file() and mark.read_bytes() == (source / RECORD).read_bytes():
             continue
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(source, partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        if wrong := verify(source):
+            raise StoreError(wrong, where=source, remedy="give the `lingraft run` command again: it is made anew")
+        try:
+            shutil.copytree(source, partial)
+            shutil.rmtree(final, ignore_errors=True)
+            with suppress(FileExistsError):  # Another run of the same was faster.
+                partial.rename(final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

@@ -1,12 +1,14 @@
 """`lingraft train` and `evaluate`: the verbs that load a base model."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
 
+from lingraft import processes
 from lingraft.adapter import Adapter, content_digest
 from lingraft.commands.counterparts import OPTIONS, SOURCE, Counterparts, counterparts, refuse_unread, spelt
 from lingraft.commands.watching import Watcher, stderr
@@ -172,8 +174,13 @@ def _stage(options: dict[str, Any], groups: dict[str, Any], source: str) -> tupl
 
 
 def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options: Any) -> dict[str, Any] | None:
-    """`lingraft train`."""
-    from lingraft.store import appearing, write_json
+    """`lingraft train`, in one process or in each of several that a launcher started."""
+    with processes.said_once():
+        return _trained(overrides, out, as_json, options)
+
+
+def _trained(overrides: Sequence[str], out: Path, as_json: bool, options: dict[str, Any]) -> dict[str, Any] | None:
+    from lingraft.store import write_json
     from lingraft.tasks.items import subset
     from lingraft.tasks.reference import reference_text
     from lingraft.tasks.sources import bundled_or
@@ -247,7 +254,7 @@ def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options:
         "start_from": str(options["start_from"]) if options["start_from"] else None,
         **({"beneath": [stack_digest(folder) for folder in options["beneath"]]} if beneath else {}),
     }
-    with appearing(out, record) as work, Watcher(as_json) as watcher:
+    with _making(out, record) as work, Watcher(as_json or not processes.is_main()) as watcher:
         backbone = Backbone(located, groups["speed"])
         if plain_text:
             sequences = reading.of_text(backbone, text.lines(), reference)
@@ -274,12 +281,21 @@ def train_adapter(overrides: Sequence[str], out: Path, as_json: bool, **options:
         )
         summary |= counts
         write_json(work / "extra.json", summary)
+    if not processes.is_main():
+        return None
     if as_json:
         return {"out": str(out), **summary}
     said = f"{out}: {summary['steps']} steps, {summary['tokens']} tokens in {summary['seconds']} s"
     said += "" if summary["loss"] is None else f", loss {summary['loss']:.3f}"
     stderr().print(said + _left_out(counts.get("without_counterpart", 0)), markup=False, highlight=False)
     return None
+
+
+def _making(out: Path, record: dict[str, Any]) -> AbstractContextManager[Path]:
+    """The folder that appears, made by one process."""
+    from lingraft.store import appearing
+
+    return processes.made_once(lambda: appearing(out, record))
 
 
 def _left_out(count: int) -> str:
@@ -331,8 +347,13 @@ def _adapter_record(folders: Sequence[Path], stage: SecondStage | None) -> dict[
 
 
 def evaluate_model(overrides: Sequence[str], out: Path, as_json: bool, **options: Any) -> dict[str, Any] | None:
-    """`lingraft evaluate`."""
-    from lingraft.store import appearing, write_json
+    """`lingraft evaluate`, in one process or in each of several that a launcher started."""
+    with processes.said_once():
+        return _evaluated(overrides, out, as_json, options)
+
+
+def _evaluated(overrides: Sequence[str], out: Path, as_json: bool, options: dict[str, Any]) -> dict[str, Any] | None:
+    from lingraft.store import write_json
     from lingraft.tasks.items import subset
     from lingraft.tasks.sources import bundled_or
     from lingraft.tasks.table import find_task
@@ -390,7 +411,7 @@ def evaluate_model(overrides: Sequence[str], out: Path, as_json: bool, **options
         **({} if stage is None else {"counterparts": read.record()}),
     }
     counts = {"without_counterpart": skipped} if skipped else {}
-    with appearing(out, record) as work, Watcher(as_json) as watcher:
+    with _making(out, record) as work, Watcher(as_json or not processes.is_main()) as watcher:
         watcher.begin(f"evaluate {task.name} {options['language']}")
         asking = Asking(
             scoring=scoring,
@@ -407,6 +428,8 @@ def evaluate_model(overrides: Sequence[str], out: Path, as_json: bool, **options
         journal.close()
         if counts:
             write_json(work / "extra.json", counts)
+    if not processes.is_main():
+        return None
     if as_json:
         return {"out": str(out), **scores, **counts}
     Console().print(_figures(scores) + _left_out(skipped), markup=False, highlight=False, soft_wrap=True)

@@ -17,13 +17,14 @@ from lingraft.costs.arithmetic import (
     training_flops,
     writing_hours,
 )
+from lingraft.costs.needs import Needs, beneath_of, encoder_of, needs_of
 from lingraft.costs.reading import Lookup, Read, beside, items_of, translated, work_of
 from lingraft.costs.shapes import Shape, reader_of, shape_for, shape_named
 
 if TYPE_CHECKING:
     from lingraft.plan import Plan, Step
 
-__all__ = ["cost", "shape_for"]
+__all__ = ["Needs", "cost", "needs_of", "shape_for"]
 _READ_AT_ONCE = 8
 """Texts in a batch that is only read; about, as batches are filled by tokens."""
 _KINDS = ("train", "predict", "read", "project", "translate", "states")
@@ -122,11 +123,11 @@ class _Reckoned:
         read = beside(step, self.experiment, self.shape, self.lookup)
         if step.kind == "states":
             return self._states(step, read)
-        encoder, named = self._encoder(step)
+        encoder, named = encoder_of(step)
         flops = inference_flops(reader_of(self.shape), read.source)
         more = 0.0 if encoder is None else inference_flops(encoder, read.encoder)
         adapter = AdapterConfig(**step.config["adapter"]) if step.kind == "train" else None
-        beneath = self._beneath(step)
+        beneath = beneath_of(step, self.shape)
         if adapter is None:
             held = self._held(None, _READ_AT_ONCE, work.longest, 0, read.source.longest, beneath=beneath)
             flops += inference_flops(self.shape, work) + 2 * beneath * (work.tokens + work.outputs + work.written)
@@ -177,25 +178,6 @@ class _Reckoned:
             source_length=source_length,
             beneath=beneath,
         ).total
-
-    def _beneath(self, step: "Step") -> float:
-        """Numbers of the adapters that a step's own stands on; sparse differences are in the base's weights, and cost nothing."""
-        grafted = "beneath" in (step.config.get("graft") or {})
-        below = step.inputs.get("target_ref" if grafted else "beneath")
-        if below is not None and below.kind == "merge":  # It is as large as what it merges.
-            below = below.inputs["target_ref"]
-        if below is None:
-            return 0
-        adapter = AdapterConfig(**below.config["adapter"])
-        return 0 if adapter.family == "sparse" else adapter_parameters(self.shape, adapter)
-
-    def _encoder(self, step: "Step") -> tuple[Shape | None, str | None]:
-        """The translation encoder that a step runs, its sizes and its name."""
-        trained = step.inputs.get("adapter", step) if step.kind != "train" else step
-        fusion = trained.config.get("second", {}).get("fusion", {})
-        name = fusion.get("encoder")
-        found = None if name is None else shape_named(name)
-        return None if found is None else reader_of(found), name
 
     def _states(self, step: "Step", read: Read) -> _Price:
         """Counterparts are read once, and their states are written."""

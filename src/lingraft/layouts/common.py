@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lingraft import bounded
 from lingraft.algebra import Site
-from lingraft.errors import AdapterError, StoreError
-from lingraft.store import read_json
+from lingraft.errors import AdapterError
 from lingraft.tensors import DTYPES, Spec, TensorFile
 
 CONFIG = "adapter_config.json"
@@ -253,29 +253,32 @@ def check_tensors(tensors: TensorFile) -> None:
         AdapterError: A name leads elsewhere or cannot be printed, or a shape is out of all proportion.
     """
     for name in tensors.names:
-        if len(name) > _LONGEST_NAME or not name.isprintable() or "" in name.split(".") or "/" in name or "\\" in name:
+        # PEFT takes modules' names for patterns: those of a file must not be any.
+        if len(name) > _LONGEST_NAME or not name.isprintable() or "" in name.split(".") or set(name) & _SIGNS:
             raise AdapterError(f"{name[:80]!r} is no name of a module's tensor", where=tensors.path, remedy=_AGAIN)
         shape = tensors.shape(name)
         if len(shape) > _MOST_DIMENSIONS or max(shape, default=0) > _LARGEST_SIZE:
             raise AdapterError(f"tensor '{name}' has the shape {shown(shape)}", where=tensors.path, remedy=_AGAIN)
 
 
+_SIGNS = frozenset("/\\*+?()[]{}|^$")
+_LARGEST_NOTE = 16 << 20
 _AGAIN = "get the file from where the adapter came from"
 
 
 def _read(path: Path) -> Any:
     """The contents of a JSON file that can be written again."""
     try:
-        value = read_json(path)
+        value = bounded.read(path, _LARGEST_NOTE)
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"this file is damaged ({error})", where=path, remedy=_AGAIN) from None
+    try:
         level = [value]
         for _ in range(_DEEPEST):
             level = [x for v in level if isinstance(v, dict | list) for x in (v.values() if isinstance(v, dict) else v)]
         if level:
-            raise StoreError("this file is nested too deeply", where=path)
+            raise AdapterError("this file is nested too deeply", where=path, remedy=_AGAIN)
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except StoreError as error:
-        # The store's remedy is for what lingraft can make again; an adapter may be the only copy.
-        raise AdapterError(error.what, where=path, remedy=_AGAIN) from None
     except ValueError:
         raise AdapterError("a value is NaN, infinite, or half a character", where=path, remedy=_AGAIN) from None
     return value
@@ -304,6 +307,21 @@ def _is_note(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.isprintable())
 
 
+_TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+_FITS: Mapping[str, Callable[[Any], bool]] = {
+    "base_model_name_or_path": lambda value: value is None or isinstance(value, str),
+    "task_type": lambda value: value is None or value in _TASKS,
+    "lora_dropout": lambda value: type(value) in (int, float) and 0 <= value < 1,
+    "fan_in_fan_out": lambda value: value is None or isinstance(value, bool),
+    "modules_to_save": lambda value: value is None or (isinstance(value, list) and all(map(_is_name, value))),
+}
+"""What the fields may hold that are passed on to PEFT as they are."""
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= _LONGEST_NAME
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """PEFT's configuration.
 
@@ -313,4 +331,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = _read(folder / CONFIG)
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise AdapterError("this is not an adapter's configuration", where=folder / CONFIG, remedy=_AGAIN)
+    if wrong := [name for name, fits in _FITS.items() if name in config and not fits(config[name])]:
+        said = ", ".join(f"{name} = {shown(config[name])}" for name in wrong)
+        raise AdapterError(f"this is no value of PEFT's: {said}", where=folder / CONFIG, remedy=_AGAIN)
     return config

@@ -16,8 +16,13 @@ _VARIANTS = (
     "arrow_config",
     "kasa_config",
     "monteclora_config",
+    "velora_config",
+    "megatron_config",
 )
-"""PEFT's options that make a LoRA layer compute something else than `s · B · A · x` at every position."""
+"""PEFT's options that make a LoRA layer compute something else than `s · B · A · x` at every position.
+
+For `megatron_config` PEFT imports a module that the file names.
+"""
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 

@@ -9,17 +9,20 @@ from typing import Any
 import numpy as np
 
 from lingraft.digests import digest_bytes
-from lingraft.errors import UserError
+from lingraft.errors import Damaged, StoreError, UserError
 from lingraft.methods import method
 from lingraft.predictions import item_values, read_scores
+from lingraft.remote import shown, url_of
 from lingraft.significance import mean_interval, paired_test, statistic_interval
-from lingraft.store import read_json
+from lingraft.store import Store, open_store, read_json
 
 BASELINE, CEILING = "eng-ft", "tgt-ft"
 UNFUSED = "translate-train"
 """What second stages are measured against: the same training, in which nothing is mixed."""
 FORMAT = 2
 """Of the manifest."""
+_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hdfs", "memory")
+"""Where a manifest may say that its store is, other than a folder: not whatever host a stranger likes to be asked."""
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -50,7 +53,7 @@ def results(run: Path) -> dict[str, Any]:
             where=run,
             remedy="give its `lingraft run` command again: what is finished is kept",
         )
-    store, experiment = run.absolute() / manifest["store"], manifest["experiment"]
+    store, experiment = store_of(run, manifest), manifest["experiment"]
     cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for cell in manifest["cells"]:
         cells.setdefault((cell["method"], cell["language"]), []).append(cell)
@@ -76,11 +79,44 @@ def results(run: Path) -> dict[str, Any]:
         "methods": table,
         "selections": _selections(manifest["selections"], store),
         "references": [
-            {k: c[k] for k in ("language", "seed")} | read_json(store / c["path"]) for c in manifest["comparisons"]
+            {k: c[k] for k in ("language", "seed")} | read_json(_file(store, c["path"]))
+            for c in manifest["comparisons"]
         ],
         "absent": manifest["absent"],
         "adapters": _adapters(manifest, store),
     }
+
+
+def store_of(run: Path, manifest: dict[str, Any]) -> Store:
+    """The store that a run's manifest names: a folder, seen from the run's, or a URL."""
+    where = str(manifest["store"])
+    if (url := url_of(where)) and url.partition("://")[0] not in _STORES:  # The manifest may be somebody else's.
+        raise UserError(
+            f"the run's manifest leads to {shown(url)}",
+            where=run,
+            remedy="a report reads folders and " + ", ".join(_STORES) + "; fetch the store, and run again with it",
+        )
+    return open_store(where if url_of(where) else run.absolute() / where)
+
+
+def _folder(store: Store, place: str) -> Path:
+    """The folder of a step by its place in the manifest, whose files are what they were when it was finished.
+
+    Raises:
+        StoreError: They are not, or there is none.
+    """
+    kind, _, key = place.partition("/")
+    try:
+        return store.folder(kind, key)
+    except Damaged as error:
+        raise StoreError(
+            error.what, where=error.where, remedy="give the `lingraft run` command again: it is made anew"
+        ) from error
+
+
+def _file(store: Store, place: str) -> Path:
+    folder, _, name = place.rpartition("/")
+    return _folder(store, folder) / name
 
 
 def _samples(right: "Answered") -> dict[str, dict[str, int]]:
@@ -103,7 +139,7 @@ def _with_data(experiment: dict[str, Any], languages: set[str]) -> dict[str, Any
     }
 
 
-def _adapters(manifest: dict[str, Any], store: Path) -> list[dict[str, Any]]:
+def _adapters(manifest: dict[str, Any], store: Store) -> list[dict[str, Any]]:
     names = {c["method"] for c in manifest["cells"]}
     made = {name for name in names if method(name).adapter in ("graft", "second") and not name.startswith("control")}
     return [
@@ -111,18 +147,23 @@ def _adapters(manifest: dict[str, Any], store: Path) -> list[dict[str, Any]]:
             "method": c["method"],
             "language": c["language"],
             "seed": c["seed"],
-            "path": os.path.normpath(store / c["adapter"]),
+            "path": os.path.normpath(_adapter(store, c["adapter"])),
         }
         for c in manifest["cells"]
         if c["method"] in made and c["adapter"]
     ]
 
 
-def _selections(entries: Sequence[dict[str, Any]], store: Path) -> dict[str, Any]:
+def _adapter(store: Store, place: str) -> Path:
+    """Where an adapter is; one that is elsewhere is fetched. Figures do not need it, so it is not read here."""
+    return _folder(store, place) if store.remote else store.path(*place.split("/", 1))
+
+
+def _selections(entries: Sequence[dict[str, Any]], store: Store) -> dict[str, Any]:
     """The choices of λ by method: one for all targets, or below `by_language` one for each."""
     found: dict[str, Any] = {}
     for entry in entries:
-        chosen = read_json(store / entry["path"])
+        chosen = read_json(_file(store, entry["path"]))
         if entry["language"] is None:
             found[entry["method"]] = chosen
         else:
@@ -148,11 +189,11 @@ Answered = dict[tuple[str, str], _Answers]
 """By method and language."""
 
 
-def _right(store: Path, group: Sequence[dict[str, Any]], metric: str) -> _Answers:
+def _right(store: Store, group: Sequence[dict[str, Any]], metric: str) -> _Answers:
     ids: list[str] = []
     columns: list[list[float]] = []
     for cell in group:
-        values = item_values(store / cell["predict"], store / cell["score"], metric)
+        values = item_values(_folder(store, cell["predict"]), _folder(store, cell["score"]), metric)
         ids = sorted(values)
         columns.append([values[name] for name in ids])
     return _Answers(ids, [cell["seed"] for cell in group], np.array(columns).T)
@@ -164,13 +205,13 @@ def _method(
     experiment: dict[str, Any],
     cells: dict[tuple[str, str], list[dict[str, Any]]],
     right: Answered,
-    store: Path,
+    store: Store,
 ) -> dict[str, Any]:
     languages: dict[str, Any] = {}
     for language in [experiment["source"], *experiment["targets"]]:
         if (name, language) not in cells:
             continue
-        scores = [read_scores(store / cell["score"]) for cell in cells[name, language]]
+        scores = [read_scores(_folder(store, cell["score"])) for cell in cells[name, language]]
         values = [s[metric]["value"] for s in scores]
         languages[language] = {
             "value": float(np.mean(values)),

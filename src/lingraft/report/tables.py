@@ -4,6 +4,7 @@ import csv
 import io
 from typing import Any
 
+from lingraft.escaping import in_csv, in_markdown, one_line
 from lingraft.languages import name_of
 
 NO_DATA = "no data"
@@ -221,16 +222,17 @@ def _chosen_on(found: dict[str, Any], development: list[str], where: str) -> str
 
 
 def markdown(found: dict[str, Any], published: Table | None = None) -> str:
-    """The whole report as Markdown; with a paper's figures beside ours, where they are given."""
-    parts = [f"# {found['name']}", ""]
-    parts += [
-        f"Task `{found['experiment']['task']}`, backbone `{found['backbone']['name']}`, source {name_of(found['source'])}.",
-        "",
-    ]
+    """The whole report as Markdown; with a paper's figures beside ours, where they are given.
+
+    Names and notes out of the run's files are text in it, whatever they hold.
+    """
+    task, backbone = _code(found["experiment"]["task"]), _code(found["backbone"]["name"])
+    parts = [f"# {in_markdown(found['name'])}", ""]
+    parts += [f"Task {task}, backbone {backbone}, source {in_markdown(name_of(found['source']))}.", ""]
     parts += [*_markdown_table(*language_table(found)), ""]
     for table in average_tables(found):
         parts += [*_markdown_table(*table), ""]
-    parts += [*(f"- {note}" for note in notes(found)), ""]
+    parts += [*(f"- {in_markdown(note)}" for note in notes(found)), ""]
     if published:
         parts += ["## Beside the paper", "", *_markdown_table(*published), ""]
     for title, table in also_tables(found):
@@ -244,15 +246,25 @@ def markdown(found: dict[str, Any], published: Table | None = None) -> str:
         parts += ["## λ on the development languages", "", *_markdown_table(*curve_table(found)), ""]
     if found["references"]:
         parts += ["## Likeness of the reference updates", "", *_markdown_table(*reference_table(found)), ""]
-    parts += ["## Methods", "", *(f"- **{m['title']}**: {m['says']}" for m in found["methods"].values()), ""]
+    parts += [
+        "## Methods",
+        "",
+        *(f"- **{in_markdown(m['title'])}**: {m['says']}" for m in found["methods"].values()),
+        "",
+    ]
     return "\n".join(parts)
 
 
 def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
     def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(map(in_markdown, cells)) + " |"
 
     return [line(header), "|" + "---|" * len(header), *map(line, rows)]
+
+
+def _code(name: str) -> str:
+    """A name as Markdown's code, in which nothing is escaped and which a grave accent ends."""
+    return f"`{one_line(str(name)).replace('`', 'ˋ')}`"
 
 
 def csv_text(found: dict[str, Any]) -> str:
@@ -265,10 +277,10 @@ def csv_text(found: dict[str, Any]) -> str:
     )  # fmt: skip
     for name, method in found["methods"].items():
         for language, cell in method["languages"].items():
-            writer.writerow([name, language, *_csv_figures(cell)])
+            writer.writerow([in_csv(name), in_csv(language), *_csv_figures(cell)])
         for group, average in {**method["groups"], "average": method["average"]}.items():
             if average:
-                writer.writerow([name, group, *_csv_figures(average)])
+                writer.writerow([in_csv(name), in_csv(group), *_csv_figures(average)])
     return out.getvalue()
 
 

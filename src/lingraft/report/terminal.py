@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from lingraft.escaping import printable
 from lingraft.report.tables import (
     METRICS,
     also_tables,
@@ -36,7 +37,7 @@ def show(found: dict[str, Any], console: Console, published: Figures | None = No
     if published:
         _table("\nBeside the paper", *published, console)
     for note in notes(found):
-        console.print(Text(f"· {note}"), style="dim")
+        console.print(Text(f"· {printable(note)}"), style="dim")
     weights = weight_table(found)
     if weights[1]:
         _table("\nλ without labels", *weights, console)
@@ -52,12 +53,16 @@ def show(found: dict[str, Any], console: Console, published: Figures | None = No
 
 def _table(title: str, header: list[str], rows: list[list[str]], console: Console) -> None:
     table = Table(
-        title=escape(title), title_style="bold", header_style="bold", title_justify="left", box=box.SIMPLE_HEAD
+        title=escape(printable(title)),
+        title_style="bold",
+        header_style="bold",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
     )
     for number, column in enumerate(header):
-        table.add_column(escape(column), justify="right" if number else "left", overflow="fold")
+        table.add_column(escape(printable(column)), justify="right" if number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in row))
+        table.add_row(*(Text(printable(cell).replace(" [", "\n[")) for cell in row))
     console.print(table)
 
 
@@ -82,7 +87,9 @@ def show_cost(found: dict[str, Any], console: Console) -> None:
     )
     if found["unknown"]:
         console.print(
-            f"not fully reckoned, their data or a model's sizes are not known: {', '.join(found['unknown'])}",
+            printable(
+                f"not fully reckoned, their data or a model's sizes are not known: {', '.join(found['unknown'])}"
+            ),
             style="dim",
             markup=False,
         )
@@ -113,10 +120,10 @@ def _curves(found: dict[str, Any], console: Console) -> None:
 
 
 def lines(header: list[str], rows: list[list[str]], console: Console) -> None:
-    """Prints a plain table."""
+    """Prints a plain table; what is in it may come out of anybody's files."""
     table = Table(header_style="bold", box=box.SIMPLE_HEAD)
     for column in header:
-        table.add_column(escape(column))
+        table.add_column(escape(printable(column)))
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)

@@ -92,5 +92,11 @@ def _literals(text: str, path: Path) -> dict[str, Any]:
             for node in assigned
             if isinstance(node.targets[0], ast.Name)
         }
-    except (SyntaxError, ValueError) as error:
+    except (
+        SyntaxError,
+        ValueError,
+        TypeError,
+        RecursionError,
+        MemoryError,
+    ) as error:  # Parsing nests as deeply as what is read.
         raise DataError(f"these are not literals ({error})", where=path) from None

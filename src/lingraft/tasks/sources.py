@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
+from lingraft import bounded
 from lingraft.digests import digest_file, digest_value
 from lingraft.errors import BackboneError, DataError, MissingExtra, suggestion
 
@@ -177,9 +178,11 @@ class FileSource:
     def _json_row(self, line: str, number: int) -> Row:
         where = f"{self.path}:{number}"
         try:
-            value = json.loads(line)
+            value = bounded.parse(line)
         except json.JSONDecodeError as error:
             raise DataError(f"this line is not JSON ({error.msg})", where=where) from None
+        except ValueError as error:
+            raise DataError(f"this line is no JSON of a row ({error})", where=where) from None
         if not isinstance(value, dict):
             raise DataError("this line is not a JSON object", where=where)
         return row_of(value, where)
@@ -222,9 +225,10 @@ class HubSource:
             MissingExtra: huggingface_hub is not installed.
             DataError: The hub does not answer, or has no such data set.
         """
-        if self.revision:
+        if self.revision is not None and is_commit(self.revision, 1):
             return self.revision
-        return hub_commit(self.repository, "dataset", *([_EXPORT] if self.export else []))
+        branch = self.revision or (_EXPORT if self.export else None)  # A branch or a tag moves.
+        return hub_commit(self.repository, "dataset", *([branch] if branch else []))
 
     def digest(self) -> str:
         """Repository, commit, configuration, split, and which rows count."""
@@ -306,6 +310,11 @@ def without_the_hub() -> Iterator[list[str]]:
         _unresolved.reset(token)
 
 
+def is_commit(revision: str | None, least: int = 40) -> bool:
+    """Whether a revision is a commit, of which at least so many digits are given: it stays what it is. Branches and tags move."""
+    return revision is not None and re.fullmatch(rf"[0-9a-f]{{{least},40}}", revision) is not None
+
+
 def hub_commit(repository: str, kind: str, branch: str = "main") -> str:
     """The commit that a hub repository's branch points at: from the hub, or from the local cache when offline.
 
@@ -351,9 +360,11 @@ def parse_json(text: str, path: Path) -> Any:
         DataError: It is not JSON (with the line).
     """
     try:
-        return json.loads(text)
+        return bounded.parse(text)
     except json.JSONDecodeError as error:
         raise DataError(f"this file is not JSON ({error.msg})", where=f"{path}:{error.lineno}") from None
+    except ValueError as error:
+        raise DataError(f"this file is no JSON of rows ({error})", where=path) from None
 
 
 def row_of(value: Mapping[Any, Any], place: str) -> Row:

@@ -1,0 +1,1 @@
+"""What becomes of a run that is killed, starved, stopped, lied to, or not alone."""
