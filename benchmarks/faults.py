@@ -11,7 +11,6 @@ import argparse
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -76,28 +75,22 @@ def chain(lab: Any) -> dict[str, Any]:
 
 
 def disk(lab: Any, shares: tuple[float, ...]) -> dict[str, Any]:
-    folder = lab.path("disk")
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        raise Missing("no disk can be mounted here")
-    whole = sum(-(-p.stat().st_size // 4096) * 4096 for p in (lab.folder / "baseline").rglob("*") if p.is_file())
+    from tests.faults.test_space import FULL, Disk, used
 
-    def resize(size: float) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={int(size)}", str(folder)], check=True, capture_output=True)
-
-    try:
-        for share in shares:
-            store = folder / f"store{share}"
-            resize(whole * share)
-            lab.failing(store, "no space is left", "--out", str(lab.path("out")))
-            resize(whole * 8)
+    whole = used(lab.folder / "baseline")
+    for share in shares:
+        try:
+            small = Disk(lab.path("disk"), int(whole * share))
+        except OSError as error:
+            raise Missing("no disk can be mounted here") from error
+        try:
+            store = small.folder / "store"
+            lab.failing(store, FULL, "--out", str(lab.path("out")))
+            small.resize(whole * 8)
             lab.finish(store, "--out", str(lab.path("out")))
             lab.check(store)
-            shutil.rmtree(store)
-    finally:
-        if subprocess.run(["umount", str(folder)], capture_output=True).returncode:
-            subprocess.run(["umount", "-l", str(folder)], capture_output=True)
+        finally:
+            small.close()
     return {"count": len(shares), "note": "at " + ", ".join(f"{share:.0%}" for share in shares) + " of what is needed"}
 
 

@@ -98,9 +98,9 @@ class Backbone:
             raise UserError(
                 f"texts are packed for decoders, and {located.name} is an {self.kind}", remedy="leave speed.packing out"
             )
-        self.folder = materialise(located)
         self.device = torch.device(device_name(located.config.device))
         processes.start(self.device)
+        self.folder = processes.in_turn(lambda: materialise(located))
         divided = processes.sharding()
         self.sharded = divided is not None
         self.dtype: torch.dtype = getattr(torch, located.config.dtype)

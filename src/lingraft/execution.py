@@ -61,7 +61,11 @@ def execute(step: Step, session: Session, work: Path) -> None:
 def _record(step: Step, work: Path, began: float, extra: Mapping[str, Any]) -> None:
     """Writes what the store is to put into the record."""
     seconds = round(time.monotonic() - began, 3)
-    write_json(work / "extra.json", {"label": step.label, "lingraft": __version__, "wall_seconds": seconds, **extra})
+    write_json(
+        work / "extra.json",
+        {"label": step.label, "lingraft": __version__, "wall_seconds": seconds, **extra},
+        durable=False,
+    )
 
 
 def shape_of(step: Step) -> str | None:
@@ -332,7 +336,7 @@ def _project(step: Step, session: Session, work: Path) -> dict[str, Any]:
     )
     labels = projected_labels(said, ProjectionConfig(**config["projection"]))
     counts = {label: sum(found == n for _, found in labels) for n, label in enumerate(task.answers)}
-    write_json(work / LABELS, {"labels": labels, "counts": counts, "lines": len(items)})
+    write_json(work / LABELS, {"labels": labels, "counts": counts, "lines": len(items)}, durable=False)
     return {"environment": environment(backbone)}
 
 
@@ -393,7 +397,7 @@ def _read(step: Step, session: Session, work: Path) -> dict[str, Any]:
     backbone, adapters = _on(step, session)
     texts = [e.prompt for e in session.asked(step, config["limit"])]
     value, tokens = text_log_likelihood(backbone, adapters, texts, max_length=config["max_length"])
-    write_json(work / READING, {"log_likelihood": value, "tokens": tokens})
+    write_json(work / READING, {"log_likelihood": value, "tokens": tokens}, durable=False)
     return {"environment": environment(backbone)}
 
 
@@ -406,17 +410,17 @@ def _score(step: Step, session: Session, work: Path) -> dict[str, Any]:
         write_scored(work, scored)
     else:
         figures = score(read_predictions(folder))
-    write_json(work / SCORES, figures)
+    write_json(work / SCORES, figures, durable=False)
     return {}
 
 
 def _select(step: Step, session: Session, work: Path) -> dict[str, Any]:
     if "weight" in step.config:
-        write_json(work / SELECTED, {"weight": step.config["weight"], "curve": []})
+        write_json(work / SELECTED, {"weight": step.config["weight"], "curve": []}, durable=False)
     elif step.config["criterion"] == "norms":
-        write_json(work / SELECTED, _by_norms(step, session))
+        write_json(work / SELECTED, _by_norms(step, session), durable=False)
     else:
-        write_json(work / SELECTED, _by_curve(step, session))
+        write_json(work / SELECTED, _by_curve(step, session), durable=False)
     return {}
 
 
@@ -461,7 +465,7 @@ def _by_norms(step: Step, session: Session) -> dict[str, Any]:
 
 def _compare(step: Step, session: Session, work: Path) -> dict[str, Any]:
     x, y = (Adapter.load(session.folder(step.inputs[role])) for role in ("target_ref", "source_ref"))
-    write_json(work / SIMILARITY, similarity(x, y))
+    write_json(work / SIMILARITY, similarity(x, y), durable=False)
     return {}
 
 

@@ -136,7 +136,7 @@ def write_evaluation(folder: Path, predictions: Sequence[Prediction], answers: S
     """Writes predictions and their scores; gives the scores."""
     write_predictions(folder, predictions, answers)
     result = score(read_predictions(folder))
-    write_json(folder / SCORES, result)
+    write_json(folder / SCORES, result, durable=False)
     return result
 
 
@@ -161,7 +161,7 @@ def write_answers(
     write_generated(folder, said)  # pyright: ignore[reportArgumentType]
     scored, figures = score_generated(read_generated(folder), Rule.from_dict(rule), language)
     write_scored(folder, scored)
-    write_json(folder / SCORES, figures)
+    write_json(folder / SCORES, figures, durable=False)
     return figures
 
 

@@ -257,19 +257,15 @@ def gathered(value: T) -> list[T]:
     return found
 
 
-def tell(keys: Sequence[str] | None) -> None:
-    """Has the other processes do what this one, the first, is about to do.
+def in_turn(make: Callable[[], T]) -> T:
+    """What every process makes for itself, the first one before the others: what it leaves on the disk they find.
 
     Args:
-        keys: Of what; None: there is nothing more.
+        make: Makes it.
     """
-    shared(lambda: keys)
-
-
-def told() -> Iterator[Sequence[str]]:
-    """In the other processes, what the first one tells them, until there is nothing more."""
-    while world() > 1 and (keys := shared(lambda: None)) is not None:
-        yield keys
+    made = make() if is_main() else None
+    barrier()
+    return make() if made is None else made
 
 
 def barrier() -> None:

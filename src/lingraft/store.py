@@ -39,10 +39,16 @@ _VERIFIED: dict[str, Any] = {}
 """By folder: what it looked like when this process verified it."""
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON that a person can read, durable before the call returns."""
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    """Writes JSON that a person can read.
+
+    Args:
+        path: The file, which appears at once.
+        value: Plain data.
+        durable: Whether it is on the disk before the call returns; a working folder's files are when the folder appears.
+    """
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-    write_text(path, text, durable=True)
+    write_text(path, text, durable=durable)
 
 
 def read_json(path: Path) -> Any:

@@ -442,7 +442,7 @@ def _write(
         names["modules_to_save"] = sorted(made["modules_to_save"])
     _write_config(folder / CONFIG, peft_config(made), names)
     family = layout_of(made, folder / CONFIG).structure
-    write_json(folder / SIDECAR, {"format": 1, "kind": "adapter", "family": family, **notes})
+    write_json(folder / SIDECAR, {"format": 1, "kind": "adapter", "family": family, **notes}, durable=False)
 
 
 _MODULES = ("target_modules", "feedforward_modules")
@@ -469,7 +469,7 @@ def _write_config(path: Path, config: Any, names: dict[str, list[str]]) -> None:
     """Writes PEFT's own fields, its sets sorted, so that equal adapters have equal files."""
     values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     values |= {**names, "inference_mode": True}
-    write_json(path, json.loads(json.dumps(values, default=lambda v: getattr(v, "value", str(v)))))
+    write_json(path, json.loads(json.dumps(values, default=lambda v: getattr(v, "value", str(v)))), durable=False)
 
 
 def _tensors_of(folder: Path, like: dict[str, torch.Tensor], heads: set[str]) -> dict[str, torch.Tensor]:

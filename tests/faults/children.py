@@ -14,6 +14,7 @@ import stat
 import sys
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +63,8 @@ class Spec:
         file_limit: Bytes that a file may have.
         host: In network, UTS and, with `pids`, process namespaces of its own, under this name.
         pids: See `host`.
-        lockless: `flock` and `lockf` do nothing, as on a shared folder that does not pass locks on between hosts.
+        lockless: `flock` and `lockf` do nothing, as on a shared folder that does not pass locks on between hosts; with `pids` the kernel
+            is another one.
         pause: Sleeps so many seconds before every commit.
     """
 
@@ -95,7 +97,7 @@ def main(spec: Spec) -> None:
     os.environ.update(spec.environment)
     os.chdir(spec.folder)
     if spec.host is not None:
-        _other_host(spec.host, spec.pids)
+        _other_host(spec)
     if not spec.powers:
         # Its own user still, so that it can read its interpreter, which may be in root's home.
         header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
@@ -147,14 +149,14 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def _other_host(name: str, pids: bool) -> None:
+def _other_host(spec: Spec) -> None:
     """Goes into namespaces of its own."""
     new_ns, new_uts, new_net, new_pid = 0x00020000, 0x04000000, 0x40000000, 0x20000000
-    flags = new_uts | new_net | ((new_pid | new_ns) if pids else 0)
+    flags = new_uts | new_net | ((new_pid | new_ns) if spec.pids else 0)
     if _libc().unshare(flags) != 0:
         raise OSError(ctypes.get_errno(), "unshare")
-    socket.sethostname(name)
-    if not pids:
+    socket.sethostname(spec.host or "")
+    if not spec.pids:
         return
     for _ in range(2):  # Its first process takes no signal from within: the command is the second.
         child = os.fork()
@@ -166,6 +168,10 @@ def _other_host(name: str, pids: bool) -> None:
     libc = _libc()
     libc.mount(b"none", b"/", None, 0x4000 | 0x40000, None)  # MS_REC | MS_PRIVATE
     libc.mount(b"proc", b"/proc", b"proc", 0, None)
+    if spec.lockless:  # Where locks are not passed on there is another kernel.
+        boot = spec.log.with_name(f"{spec.log.name}.boot")
+        boot.write_text(f"{uuid.uuid4()}\n")
+        libc.mount(bytes(boot), b"/proc/sys/kernel/random/boot_id", None, 0x1000, None)  # MS_BIND
 
 
 # What befalls it
