@@ -63,8 +63,8 @@ class Spec:
         file_limit: Bytes that a file may have.
         host: In network, UTS and, with `pids`, process namespaces of its own, under this name.
         pids: See `host`.
-        lockless: `flock` and `lockf` do nothing, as on a shared folder that does not pass locks on between hosts; with `pids` the kernel
-            is another one.
+        lockless: `flock` and `lockf` do nothing, as on a shared folder that does not pass locks on between hosts; with
+            `pids` the kernel is another one, too.
         pause: Sleeps so many seconds before every commit.
     """
 

@@ -157,18 +157,8 @@ def main(mode: str, out: Path) -> None:
             others(decoder, out)
             said["share"] = share_of(decoder)
         said["asked"] = asked(decoder, out / "lora") if mode != "die" else None
-        said["told"] = processes.gathered(told())
         if processes.is_main():
             (out / "said.json").write_text(json.dumps(said))
-
-
-def told() -> list[list[str]]:
-    """What the first process tells the other."""
-    if not processes.is_main():
-        return [list(keys) for keys in processes.told()]
-    for keys in (["a", "b"], ["c"], None):
-        processes.tell(keys)
-    return []
 
 
 def share_of(model: Backbone) -> list[float]:

@@ -136,10 +136,6 @@ def test_one_process_goes_on_with_what_two_began(
     same(made / "left", made / "two/whole")
 
 
-def test_the_first_process_tells_the_others_what_to_do(two: dict[str, object]) -> None:
-    assert two["told"] == [[], [["a", "b"], ["c"]]]
-
-
 def test_two_processes_give_the_answers_of_one_to_the_last_bit(two: dict[str, object], made: Path) -> None:
     decoder = worker.backbone(made / "llama")
     assert two["asked"] == worker.asked(decoder, made / "two/lora")

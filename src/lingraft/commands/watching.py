@@ -21,13 +21,21 @@ class Watcher:
     """Shows a run: a bar for all steps and one for each that is being made on a terminal, a line a step elsewhere."""
 
     def __init__(self, quiet: bool) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         self.console = stderr()
         self.bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed}/{task.total} {task.fields[note]}"),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
             TimeElapsedColumn(),
             console=self.console,
