@@ -761,6 +761,10 @@ def device_name(name: str) -> str:
                 remedy=f"launch {there} processes on this host",
             )
         return f"cuda:{number}"
+    if name.startswith("cuda:") and processes.local_world() > 1:
+        raise UserError(
+            f"all processes of this host would compute on '{name}'", remedy="use device=auto or device=cuda"
+        )
     if name != "auto":
         return name
     return "mps" if torch.backends.mps.is_available() else "cpu"

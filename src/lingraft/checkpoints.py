@@ -1,8 +1,8 @@
 """Files from which a training goes on: tensors and notes under one hash, so that a damaged one is never gone on from."""
 
 import hashlib
-import json
 import math
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +23,7 @@ METRICS = "metrics.jsonl"
 BEST = "best.safetensors"
 """The parameters at the least loss of what is held out, so far; whoever writes what was learned removes it."""
 _HASH = "sha256"
+_LOG = "log"
 _FORMAT = "format"
 """Written by `tensors`, for other tools."""
 
@@ -76,7 +77,9 @@ def read(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, str]]:
     except AdapterError as error:
         raise DamagedCheckpoint(error.what, where=path) from None
     notes = {name: value for name, value in file.metadata.items() if name != _FORMAT}
-    if notes.pop(_HASH, None) != _digest(tensors, notes):
+    if (said := notes.pop(_HASH, None)) is None:
+        raise DamagedCheckpoint("it holds no hash: another version of lingraft wrote it", where=path)
+    if said != _digest(tensors, notes):
         raise DamagedCheckpoint("the content of this file is not what was written", where=path)
     return tensors, notes
 
@@ -93,7 +96,7 @@ def set_aside(path: Path) -> Path:
 def warn_of(error: DamagedCheckpoint, aside: Path) -> None:
     """Says that a damaged file was set aside."""
     warnings.warn(
-        f"a checkpoint is damaged ({error.what}); it was renamed to {aside.name}, and the training begins anew",
+        f"a checkpoint cannot be gone on from ({error.what}); it was renamed to {aside.name}, and the training begins anew",
         TrainingWarning,
         stacklevel=3,
     )
@@ -121,7 +124,7 @@ def save(
             tensors[f"updates/{name}"] = state["step"].cpu().numpy().reshape(1)
     if not all_finite(tensors):
         return False
-    notes = {"step": str(step), "seconds": f"{seconds:.3f}", "tokens": str(tokens)}
+    notes = {"step": str(step), "seconds": f"{seconds:.3f}", "tokens": str(tokens), _LOG: _digest_of_log(out, step)}
     write(out / CHECKPOINT, tensors, notes if part_tokens is None else {**notes, "part_tokens": str(part_tokens)})
     return True
 
@@ -147,7 +150,7 @@ def resume(
             step = int(notes["step"])
             if (out / BEST).exists():
                 read(out / BEST)
-            _cut_log(out, step)
+            _cut_log(out, step, notes.get(_LOG))
         except DamagedCheckpoint as error:
             aside = [set_aside(out / name) for name in (CHECKPOINT, BEST) if (out / name).exists()]
             (out / METRICS).unlink(missing_ok=True)
@@ -190,20 +193,27 @@ def _set_state(optimizer: "Optimizer", parameter: torch.nn.Parameter, arrays: Se
     }
 
 
-def _cut_log(out: Path, step: int) -> None:
+def _cut_log(out: Path, step: int, digest: str | None) -> None:
     """Takes the steps after a checkpoint out of the log.
 
     Raises:
-        DamagedCheckpoint: The steps before it are not in it.
+        DamagedCheckpoint: The steps before it are not what they were.
     """
+    if not digest or digest != _digest_of_log(out, step):
+        raise DamagedCheckpoint("its log is not what was written", where=out / METRICS)
+    lines = (out / METRICS).read_bytes().splitlines(keepends=True)[:step]
+    os.truncate(
+        out / METRICS, sum(map(len, lines))
+    )  # Written anew it could be lost by a kill, and the checkpoint with it.
+
+
+def _digest_of_log(out: Path, step: int) -> str:
+    """Of a log's first lines, one a step; of one that lacks some, another than any."""
     try:
-        lines = (out / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)[:step]
-        whole = [json.loads(line)["step"] for line in lines] == list(range(1, step + 1))
-    except (OSError, ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise DamagedCheckpoint("its log lacks steps", where=out / METRICS)
-    (out / METRICS).write_text("".join(lines), encoding="utf-8")
+        lines = (out / METRICS).read_bytes().splitlines(keepends=True)[:step]
+    except OSError:
+        return ""
+    return hashlib.sha256(b"".join(lines)).hexdigest() if len(lines) == step else ""
 
 
 class Best:

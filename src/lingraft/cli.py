@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from lingraft import __version__
+from lingraft import __version__, processes
 from lingraft.errors import Interrupted, LingraftError, UserError
-from lingraft.escaping import printable
+from lingraft.escaping import in_json, printable
 
 EPILOG = "Exit codes: 0 done, 1 failed, 2 a mistake in the request."
 FOLDER = click.Path(path_type=Path)
@@ -39,6 +39,20 @@ def main() -> None:
     """
 
 
+_LAUNCHED = ("quickstart", "run", "train", "evaluate")
+"""Verbs that the processes of a launcher carry out together; of any other each would do all, in each other's way."""
+
+
+def _check_alone(name: str) -> None:
+    if processes.world() == 1:
+        return
+    with processes.said_once():
+        raise UserError(
+            f"'{name.replace('_', ' ')}' is for one process, and a launcher started {processes.world()} (RANK, WORLD_SIZE)",
+            remedy=f"run it without the launcher; {', '.join(_LAUNCHED)} are for several",
+        )
+
+
 def verb(function: Callable[..., Any]) -> Callable[..., None]:
     """Gives a verb `--json` and `--debug`, and turns errors into one clear message and an exit code."""
 
@@ -48,9 +62,11 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
     def wrapped(as_json: bool, debug: bool, **options: Any) -> None:
         try:
             _messages()
+            if function.__name__ not in _LAUNCHED:
+                _check_alone(function.__name__)
             result = function(as_json=as_json, **options)
             if as_json and result is not None:
-                click.echo(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+                click.echo(in_json(result, 2))
         except LingraftError as error:
             _fail(error, as_json, debug)
         except KeyboardInterrupt:
@@ -91,10 +107,17 @@ def _fail(error: LingraftError, as_json: bool, debug: bool) -> None:
     if debug:
         traceback.print_exception(error)
     if as_json:
-        click.echo(json.dumps(error.as_dict(), ensure_ascii=False))
+        click.echo(in_json(error.as_dict()))
     else:
         click.echo(f"error: {error}", err=True)
     sys.exit(error.exit_code)
+
+
+def _check_address(on: str, address: str | None) -> None:
+    if address is not None and on != "ray":
+        raise UserError(
+            f"--ray-address {address} is of a Ray cluster, and steps would be made here", remedy="add --on ray"
+        )
 
 
 def _run_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,6 +152,9 @@ def quickstart(
     """The main job on a real model with bundled data: labels in English, adapters for three languages out."""
     from lingraft.commands import experiments
 
+    if dry_run:
+        _check_alone("quickstart --dry-run")
+    _check_address(on, ray_address)
     recipe = Path(__file__).parent / "recipes" / "quickstart.yaml"
     where = experiments.Where(store, on, ray_address)
     return experiments.run_experiment(
@@ -203,9 +229,21 @@ def run(
     """Carry out an experiment (YAML): train, choose λ, merge, evaluate, report. Run again, it goes on where it stopped."""
     from lingraft.commands import experiments
 
-    where = experiments.Where(store, on, ray_address, tuple(only.split(",")) if only else ())
+    if dry_run or export:
+        _check_alone("run --export" if export else "run --dry-run")
+    _check_address(on, ray_address)
+    where = experiments.Where(store, on, ray_address, () if only is None else tuple(only.split(",")))
     options = None
+    if slurm_settings and not export:
+        raise UserError(
+            "--slurm is of the jobs that --export writes", remedy="add --export slurm, or leave --slurm out"
+        )
     if export:
+        if dry_run or where.only or on != "local":
+            raise UserError(
+                "--export writes all steps that are left as jobs, and runs nothing",
+                remedy="leave --dry-run, --only and --on out",
+            )
         from lingraft.slurm import Options
 
         options = Options(slurm_settings, steps_per_task, at_once, max_array, device=gpu)
@@ -509,7 +547,7 @@ def store_verify(where: str, repair: bool, as_json: bool) -> Any:
 
     found, well = storing.verify_store(where, repair, as_json)
     if as_json:
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        click.echo(in_json(found, 2))
     if not well:
         sys.exit(1)
 

@@ -4,7 +4,6 @@ import difflib
 import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,20 @@ class LingraftError(Exception):
             lines.append(f"  to do: {self.remedy}")
         return printable("\n".join(lines))  # Names in it may come out of anybody's files.
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As it is, whatever its class is made from: errors come back from other processes.
+        return _again, (type(self), self.args, self.__dict__)
+
     def as_dict(self) -> dict[str, str | int | None]:
         """The error as plain data, for `--json`."""
         return {"error": self.what, "where": self.where, "remedy": self.remedy, "exit_code": self.exit_code}
+
+
+def _again(kind: type[LingraftError], args: tuple[Any, ...], fields: dict[str, Any]) -> LingraftError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(fields)
+    return error
 
 
 class UserError(LingraftError):
@@ -99,9 +109,6 @@ class Damaged(StoreError):
         super().__init__(what, where=where, remedy="run the same command again: it is set aside and made anew")
         self.kind, self.key = kind, key
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return partial(type(self), where=self.where), (self.kind, self.key, self.what)
-
 
 class TransientError(LingraftError):
     """A failure that a retry may mend: a worker died, a connection broke."""
@@ -138,6 +145,10 @@ def writing(path: Path) -> Iterator[None]:
     remedies = {
         errno.ENOSPC: ("no space is left on the disk", "free some space and run the same command again"),
         errno.EDQUOT: ("your disk quota is used up", "free some space and run the same command again"),
+        errno.EFBIG: (
+            "a file would be too large for a limit that is set here",
+            "raise the limit (ulimit -f) or choose another folder",
+        ),
         errno.EACCES: ("permission to write is denied", "choose another folder or change its permissions"),
         errno.EPERM: ("permission to write is denied", "choose another folder or change its permissions"),
         errno.EROFS: ("the file system is read-only", "choose another folder"),

@@ -4,8 +4,10 @@ Names, labels, errors and notes come out of files that anybody may have written.
 what displays it; here they lose that meaning, and everything else stays as it is.
 """
 
+import json
 import re
 import unicodedata
+from typing import Any
 
 _BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 """What turns the direction of the text around it, so that it reads as another."""
@@ -29,6 +31,12 @@ def _shown(sign: str) -> str:
 def one_line(text: str) -> str:
     """As `printable`, on one line."""
     return printable(" ".join(re.split(r"\r\n|[\r\n]", text)))
+
+
+def in_json(value: Any, indent: int | None = None) -> str:
+    r"""JSON in which letters stay what they are; half a character, as of a path that is not UTF-8, is its escape, `\udcff`."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, default=str)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 _MARKUP = re.compile(r"[\\`|]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\]\(|\]\[|!\[|(?<=[hH]ttp):|(?<=[hH]ttps):")

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lingraft.costs import cost, shape_for
+from lingraft.errors import StoreError
 from lingraft.locating import Located
 from lingraft.plan import Plan, characters
 from lingraft.store import Store
@@ -57,8 +58,11 @@ def _rates(plan: Plan, store: Store, sizes: dict[str, int]) -> dict[str, float]:
     sums: dict[str, list[float]] = {}
     for step in plan.steps:
         if step.key in sizes and step.kind in ("train", "predict") and store.has(step.kind, step.key):
+            try:
+                record = store.record(step.kind, step.key)
+            except StoreError:  # It is damaged, and made anew when it is needed.
+                continue
             total = sums.setdefault(step.kind, [0.0, 0.0])
             total[0] += sizes[step.key]
-            record = store.record(step.kind, step.key)
             total[1] += (record.get("seconds") or 0) / record.get("environment", {}).get("together", 1)
     return rates | {kind: done / time for kind, (done, time) in sums.items() if time > 0}

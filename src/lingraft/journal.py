@@ -1,13 +1,16 @@
 """What an evaluation has found so far, item by item, in a file: one that was killed goes on from there."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lingraft.digests import digest_value
 from lingraft.errors import writing
+from lingraft.replacing import write_text
 
 JOURNAL = "items.partial.jsonl"
+_SUM = "sum"
 
 
 class Journal:
@@ -27,8 +30,8 @@ class Journal:
         for line in lines[1:]:
             part: dict[int, Any] = self._found.setdefault(str(line["part"]), {})
             part[int(line["item"])] = line["found"]
-        # Written anew: what is added must not stand behind half a line.
-        self._write("w", lines)
+        with writing(path):  # Written anew: what is added must not stand behind half a line.
+            write_text(path, _text(lines))
 
     def _lines(self) -> list[dict[str, Any]]:
         """The lines up to the first that is damaged."""
@@ -37,17 +40,12 @@ class Journal:
             with self.path.open("rb") as file:
                 for raw in file:
                     line = json.loads(raw)
-                    whole = {"part", "item", "found"} == set(line) and isinstance(line["item"], int)
-                    if not raw.endswith(b"\n") or not (whole or (not found and "about" in line)):
+                    if not raw.endswith(b"\n") or line.pop(_SUM) != _sum(line):
                         break
                     found.append(line)
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             pass
         return found
-
-    def _write(self, mode: str, lines: list[dict[str, Any]]) -> None:
-        with writing(self.path), self.path.open(mode, encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
     def known(self, part: str) -> dict[int, Any]:
         """What was found already, by the items' numbers.
@@ -59,9 +57,20 @@ class Journal:
 
     def add(self, part: str, found: Mapping[int, Any]) -> None:
         """Writes what was found of a batch; values are plain, and come back the same to the last bit."""
-        self._write("a", [{"part": part, "item": number, "found": value} for number, value in found.items()])
+        lines = [{"part": part, "item": number, "found": value} for number, value in found.items()]
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(_text(lines))
         self._found.setdefault(part, {}).update(found)
 
     def close(self) -> None:
         """Removes the file: the evaluation is complete."""
         self.path.unlink(missing_ok=True)
+
+
+def _text(lines: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps({**line, _SUM: _sum(line)}, ensure_ascii=False) + "\n" for line in lines)
+
+
+def _sum(line: Mapping[str, Any]) -> str:
+    """A digest of a line, by which it is known to be what was written."""
+    return digest_value(line, 8)

@@ -90,7 +90,7 @@ class Lease:
     def held(self) -> bool:
         """Whether it is still this process's: one that stood still too long has lost it to another."""
         for _ in range(5):
-            with suppress(OSError):
+            with suppress(FileNotFoundError):
                 if os.path.samestat(self.path.stat(), os.fstat(self._handle)):
                     return True
             said = _read(self.path)
@@ -136,6 +136,8 @@ def take(path: Path) -> Lease:
     earlier: tuple[str, ...] = ()
     certain = True
     for _ in range(_ROUNDS):
+        if path.is_symlink():  # No lease is one.
+            path.unlink(missing_ok=True)
         lease = _create(path, earlier, certain)
         if lease is not None:
             return lease
@@ -207,8 +209,9 @@ def _appear(mine: Path, path: Path) -> bool:
         try:
             os.close(os.open(guard, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
         except FileExistsError:
-            if _age(guard, guard.stat().st_mtime) > patience():
-                guard.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # Its owner has just removed it.
+                if _age(guard, guard.stat().st_mtime) > patience():
+                    guard.unlink()
             return False
         try:
             if path.exists():

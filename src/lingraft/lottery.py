@@ -30,7 +30,7 @@ from lingraft.heads import Head
 from lingraft.layouts.common import PREFIX
 from lingraft.modules.sparse import parted
 from lingraft.selecting import largest
-from lingraft.stepping import Progress, batch_loss, check_loss, divided, learn, length_of, schedule
+from lingraft.stepping import Progress, Room, batch_loss, check_loss, divided, learn, length_of, schedule
 
 FIRST = "first"
 """The folder of the first phase's log, and of its checkpoint while it runs."""
@@ -115,7 +115,7 @@ def learn_difference(
             _keep(out / SELECTION, *_chosen(shared, heads, place, first, told))
         for left in (CHECKPOINT, f".{CHECKPOINT}", BEST):
             (place / left).unlink(missing_ok=True)
-        winners, figures = processes.shared(lambda: _kept(out / SELECTION)) or ({}, {})
+        winners, figures = processes.shared(lambda: _kept(out / SELECTION))
         heads, told = _Heads(backbone, model, head, tensors), _shifted(progress, steps[0], sum(steps))
         learned, summary = _fine_tuned(shared, heads, winners, out, training, told, trackers)
         found = {name: tensor.cpu().numpy() for name, tensor in learned.tensors().items()} | heads.tensors()
@@ -227,10 +227,17 @@ def _summed_gradients(
     total, lengths = steps_of(len(sequences), training), [length_of(s) for s in sequences]
     began = last = time.monotonic()
     with Gathered(shared.weights) as gathered:
-        done, tokens, spent = _resumed(out / CHECKPOINT, gathered)
+        done, tokens, spent, fewer = _resumed(out / CHECKPOINT, gathered)
+        room = Room(shared.backbone.speed.part_tokens if fewer is None else fewer, fewer is not None)
         shared.model.train()
         for step, indices in schedule(lengths, training, seed, done, total):
-            torch.manual_seed(derived_seed("step", seed, step))
+
+            def begin(step: int = step) -> None:
+                for weight in shared.weights.values():
+                    weight.parameter.grad = None
+                torch.manual_seed(derived_seed("step", seed, step))
+
+            begin()
             loss = batch_loss(
                 shared.backbone,
                 [sequences[i] for i in indices],
@@ -238,6 +245,9 @@ def _summed_gradients(
                 seed=derived_seed("positions", seed, step),
                 backward=torch.Tensor.backward,
                 model=shared.model,
+                room=room,
+                again=begin,
+                step=f"step {step + 1} of {total} of the first phase",
             )
             check_loss(loss, step, total)
             gathered.absorb()
@@ -245,29 +255,31 @@ def _summed_gradients(
             if progress is not None:
                 progress(step + 1, total, loss)
             if time.monotonic() - last > shared.checkpoint_seconds and step + 1 < total and processes.is_main():
-                _save(out / CHECKPOINT, gathered, step + 1, tokens, spent + time.monotonic() - began)
+                _save(out / CHECKPOINT, gathered, step + 1, tokens, spent + time.monotonic() - began, room)
                 last = time.monotonic()
     figures = {"steps": total, "tokens": tokens, "seconds": round(spent + time.monotonic() - began, 2)}
     return gathered.values, figures
 
 
-def _save(path: Path, gathered: Gathered, step: int, tokens: int, seconds: float) -> None:
+def _save(path: Path, gathered: Gathered, step: int, tokens: int, seconds: float, room: Room) -> None:
     values = {site: tensor.cpu().numpy() for site, tensor in gathered.values.items()}
+    notes = {"step": str(step), "tokens": str(tokens), "seconds": f"{seconds:.3f}"}
     if checkpoints.all_finite(values):
-        checkpoints.write(path, values, {"step": str(step), "tokens": str(tokens), "seconds": f"{seconds:.3f}"})
+        checkpoints.write(path, values, {**notes, "part_tokens": str(room.tokens)} if room.less else notes)
 
 
-def _resumed(path: Path, gathered: Gathered) -> tuple[int, int, float]:
-    """Reads the sums of a first phase that was stopped: steps, tokens and seconds until then."""
+def _resumed(path: Path, gathered: Gathered) -> tuple[int, int, float, int | None]:
+    """Reads the sums of a first phase that was stopped: steps, tokens, seconds, and the tokens of a part where memory lacked."""
 
-    def found() -> tuple[int, int, float]:
+    def found() -> tuple[int, int, float, int | None]:
         saved = _whole(path)
         if saved is None:
-            return 0, 0, 0.0
+            return 0, 0, 0.0, None
         tensors, notes = saved
         for site, tensor in gathered.values.items():
             tensor.copy_(torch.from_numpy(tensors[site]))
-        return int(notes["step"]), int(notes["tokens"]), float(notes["seconds"])
+        fewer = int(notes["part_tokens"]) if "part_tokens" in notes else None
+        return int(notes["step"]), int(notes["tokens"]), float(notes["seconds"]), fewer
 
     figures = processes.shared(found)
     for tensor in gathered.values.values() if figures[0] else ():
@@ -292,10 +304,14 @@ def _keep(path: Path, winners: Mapping[str, np.ndarray[Any, Any]], figures: Mapp
     checkpoints.write(path, there, {"first": json.dumps(figures)})
 
 
-def _kept(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]] | None:
-    """Reads a selection and the first phase's figures; None: there is none."""
-    saved = _whole(path)
-    return None if saved is None else (saved[0], json.loads(saved[1]["first"]))
+def _kept(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
+    """Reads a selection and the first phase's figures.
+
+    Raises:
+        DamagedCheckpoint: It is not what was written.
+    """
+    winners, notes = checkpoints.read(path)
+    return winners, json.loads(notes["first"])
 
 
 def _shifted(progress: Progress | None, before: int, total: int) -> Progress | None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 K = TypeVar("K")
 V = TypeVar("V")
+_PATIENCE = timedelta(days=7)
+"""How long a process waits: the first may fetch a model, or wait for what another run makes. One that ends is noticed at once."""
 _LOST = "another process of this launch has ended or cannot be reached"
 _REMEDY = "look at its message, and run the same command again: a training goes on from its last checkpoint"
 
@@ -55,6 +58,11 @@ def rank() -> int:
 def local_rank() -> int:
     """This process's number on its host: that of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0")) if world() > 1 else 0
+
+
+def local_world() -> int:
+    """How many processes there are on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world() > 1 else 1
 
 
 def is_main() -> bool:
@@ -191,11 +199,11 @@ def start(device: "torch.device") -> None:
     check_launcher()
     try:
         if _says("ACCELERATE_USE_DEEPSPEED"):  # accelerate would ask for DeepSpeed where only stage 3 needs it.
-            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
         else:
             from accelerate import PartialState
 
-            PartialState(cpu=device.type == "cpu")
+            PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise LingraftError(f"the processes of this launch did not find one another: {error}") from error
     if device.type == "cuda":
@@ -208,7 +216,7 @@ def _talking() -> Iterator[None]:
         yield
     except RuntimeError as error:
         _end_in_peace()
-        raise LingraftError(_LOST, remedy=_REMEDY) from error
+        raise LingraftError(f"{_LOST} ({next(iter(str(error).splitlines()), '')})", remedy=_REMEDY) from error
 
 
 def add(tensor: "torch.Tensor") -> None:

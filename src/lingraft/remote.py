@@ -162,6 +162,10 @@ class Remote:
         found = self._pointers[kind, key] = Pointer.read(text)
         return found
 
+    def doubt(self, kind: str, key: str) -> None:
+        """Has it asked again which attempt counts: another may by now, made anew elsewhere."""
+        self._pointers.pop((kind, key), None)
+
     def fetch(self, kind: str, key: str, pointer: Pointer, folder: Path) -> list[str]:
         """Copies a step's files into an empty folder, without its record.
 

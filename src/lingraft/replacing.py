@@ -1,6 +1,7 @@
 """Files put in the place of others: a link that stands there is replaced, and what it leads to stays as it is."""
 
 import os
+import re
 import secrets
 from pathlib import Path
 
@@ -10,7 +11,7 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
 
     What stands in its place may have come with a folder that others made: were it a link, writing to it would change another file.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.half")
     handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
@@ -22,3 +23,8 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def is_half(name: str) -> bool:
+    """Whether a file was to be put in the place of another, which did not come to pass if it is still there."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{8}\.half", name) is not None

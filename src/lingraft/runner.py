@@ -17,6 +17,7 @@ from lingraft.errors import (
     Interrupted,
     LingraftError,
     RunFailed,
+    StoreError,
     TransientError,
     UserError,
     suggestion,
@@ -33,7 +34,7 @@ from lingraft.workers.local import Local
 
 PLACES = ("local", "ray")
 TRIES = 3
-"""How often a step is begun that fails for what a retry can mend, or whose inputs are found damaged."""
+"""How often a step is begun that fails for what a retry can mend, or for which one input is found damaged."""
 _PAUSE = 2.0
 """Seconds until a step is asked for again that another process is making."""
 
@@ -84,7 +85,7 @@ def run(
         store: The folder of finished steps, shared between runs, or an fsspec URL; None: `store` beside `out`.
         on: Where to run; `local` is this process, `ray` a Ray cluster.
         address: Of a Ray cluster; None: one is started here.
-        only: Keys of steps of the plan: those are made, and nothing else; no manifest is written.
+        only: Keys of steps of the plan: those are made, and what is found damaged of their inputs; no manifest is written.
         events: Whom to tell.
 
     Returns:
@@ -128,7 +129,8 @@ def run(
         )
     if not only and processes.is_main():
         write_manifest(plan, located, shelf, out)
-    return Outcome(plan, made, len(steps) - made, out / MANIFEST)
+    # Of a few steps' inputs some may have been made anew as well.
+    return Outcome(plan, made, max(0, len(steps) - made), out / MANIFEST)
 
 
 def tune(experiment: Experiment, store: str | Path, *, events: Events | None = None) -> tuple[Plan, Store]:
@@ -147,6 +149,8 @@ def tune(experiment: Experiment, store: str | Path, *, events: Events | None = N
         Interrupted: Ctrl-C.
         UserError: The experiment cannot be planned, or has nothing to choose.
     """
+    if processes.world() > 1:
+        raise UserError("weights are chosen by one process", remedy="leave the launcher out")
     events, located = events or Events(), locate(experiment.backbone)
     plan = make_plan(experiment, located)
     wanted = [s for (_, language), s in plan.selections.items() if language is None and "weights" in s.config]
@@ -198,18 +202,29 @@ def _check_results(plan: Plan, store: Store, events: Events) -> None:
     """Reads what the report will read: what is damaged of it is set aside, and made anew with the rest."""
     steps = [s for cell in plan.cells for s in (cell.predict, cell.score, cell.adapter) if s is not None]
     for step in {s.key: s for s in [*steps, *plan.selections.values(), *plan.comparisons.values()]}.values():
-        try:
-            if store.has(step.kind, step.key):
+        while store.has(step.kind, step.key):
+            try:
                 store.folder(step.kind, step.key)
-        except Damaged as damage:
-            _set_aside(damage, store, events)
+            except Damaged as damage:
+                with suppress(Busy):
+                    _set_aside(damage, store, events)
+                    break
+                time.sleep(_PAUSE)  # Another run has found it as well: it is made anew, not left out.
+            except StoreError:
+                if store.has(step.kind, step.key):
+                    raise
+            else:
+                break
 
 
 def _set_aside(damage: Damaged, store: Store, events: Events) -> None:
-    with suppress(Busy):  # Another run is making it anew.
-        where = store.set_aside(damage.kind, damage.key)
-        if where != store.path(damage.kind, damage.key):  # Else it is whole by now.
-            events.notice(f"{damage.kind} {damage.key} is damaged ({damage.what}): it is set aside and made anew")
+    """Sets a damaged step aside.
+
+    Raises:
+        Busy: Another run does, or is making it anew.
+    """
+    if store.set_aside(damage.kind, damage.key) is not None:
+        events.notice(f"{damage.kind} {damage.key} is damaged ({damage.what}): it is set aside and made anew")
 
 
 def _make(todo: Sequence[Step], session: Session, workers: Callable[[], Workers], events: Events) -> int:
@@ -287,7 +302,7 @@ class _Carrier:
         self.made: set[str] = set()
         self.errors: list[LingraftError] = []
         self._begun: dict[str, int] = {}
-        self._tries: Counter[str] = Counter()
+        self._tries: Counter[tuple[str, str]] = Counter()
         self._paused: dict[str, tuple[Step, float]] = {}
         self._said: set[str] = set()
         self._shapes: dict[str, str | None] = {}
@@ -348,9 +363,7 @@ class _Carrier:
                 self._said.add(step.key)
                 self.events.notice(f"waiting for '{step.label}': {error.what}")
             self._pause(step)
-        elif self._tries[step.key] < TRIES - 1 and self._is_again(step, error):
-            self._tries[step.key] += 1
-        else:
+        elif not self._is_again(step, error):
             self._fail(step, error)
 
     def _pause(self, step: Step) -> None:
@@ -358,9 +371,22 @@ class _Carrier:
 
     def _is_again(self, step: Step, error: LingraftError) -> bool:
         """Whether a step that failed is to be begun again: when its inputs are whole, or after a pause."""
-        if isinstance(error, Damaged):
-            _set_aside(error, self.store, self.events)
-        missing = _absent(step.inputs.values(), self.store)
+        # Of several inputs that are damaged one is found at a time.
+        cause = (step.key, error.key if isinstance(error, Damaged) else "")
+        if self._tries[cause] == TRIES - 1:
+            return False
+        missing: list[Step] = []
+        try:
+            if isinstance(error, Damaged):
+                _set_aside(error, self.store, self.events)
+            missing = _absent(step.inputs.values(), self.store)
+        except Busy:  # Another run has found it as well, or is making it anew.
+            self._pause(step)
+            return True
+        except TransientError as broken:
+            error = broken
+        if missing or isinstance(error, (Damaged, TransientError)):
+            self._tries[cause] += 1
         if missing or isinstance(error, Damaged):
             self.schedule.add(missing)
             self.schedule.put_back(step)
@@ -386,7 +412,7 @@ def _absent(steps: Iterable[Step], store: Store) -> list[Step]:
     found: dict[str, Step] = {}
 
     def visit(step: Step) -> None:
-        if step.key not in found and not store.has(step.kind, step.key):
+        if step.key not in found and not store.has(step.kind, step.key, fresh=True):
             for needed in step.inputs.values():
                 visit(needed)
             found[step.key] = step

@@ -83,17 +83,24 @@ class Schedule:
     def take_like(self, first: Step, shape: Callable[[Step], Any], most: int) -> list[Step]:
         """Ready steps of the sort and the shape of one that was taken, no more than `most`; they are running from now on."""
         heap, wanted, found = self._ready.get(self._sort(first), []), shape(first), list[Step]()
-        for entry in sorted(set(heap)):
-            if len(found) == most:
-                break
-            step = self._steps[entry[1]]
-            if self._is_ready(step.key) and shape(step) == wanted:
-                found.append(self._start(step.key))
+        others: list[tuple[int, str]] = []
+        while self._head(heap) and len(found) < most:
+            entry = heapq.heappop(heap)
+            if shape(self._steps[entry[1]]) == wanted:
+                found.append(self._start(entry[1]))
+            else:
+                others.append(entry)
+        for entry in others:
+            heapq.heappush(heap, entry)
         return found
 
     def put_back(self, step: Step) -> None:
-        """A running step is open again."""
+        """A running step is open again, or stopped, where what it needs has failed meanwhile."""
         del self.running[step.key]
+        if self._missing[step.key] & (self.failed | self.stopped):
+            self.stopped.add(step.key)
+            self._stop_after(step.key)
+            return
         self._open.add(step.key)
         self._push(step.key)
 
@@ -111,7 +118,10 @@ class Schedule:
         self.running.pop(step.key, None)
         self._open.discard(step.key)
         self.failed.add(step.key)
-        reached = [step.key]
+        self._stop_after(step.key)
+
+    def _stop_after(self, key: str) -> None:
+        reached = [key]
         while reached:
             for other in self._needed_by.get(reached.pop(), ()):
                 if other in self._open:

@@ -87,8 +87,13 @@ def batch_loss(
     seed: int = 0,
     backward: Callable[[torch.Tensor], None] | None = None,
     model: Any = None,
+    room: "Room | None" = None,
+    again: Callable[[], object] = lambda: None,
+    step: str = "a batch",
 ) -> float:
     """Mean cross-entropy of a batch over what takes a loss; computed in parts of near-equal length.
+
+    With several processes each computes all of it.
 
     Args:
         backbone: The model, its adapter attached.
@@ -97,10 +102,23 @@ def batch_loss(
         seed: Draws them, or the positions that are masked.
         backward: Called with every part's share of the loss; the gradients add up.
         model: Of an encoder, the model with its head; None: its language model.
+        room: How many tokens go through the model at once, fewer when memory did not suffice; None: as `speed` says, always.
+        again: Called before it is computed again for that reason: gradients of the first attempt are there.
+        step: What it is, in messages.
+
+    Raises:
+        LingraftError: There is a room, and memory does not suffice for a single text.
     """
     objective, model = objective_of(backbone, chosen), backbone.model if model is None else model
-    drawn = objective.draw(backbone, chosen, share, seed)
-    return float(_mean_losses(backbone, model, objective, [("", drawn)], backward)[0])
+    batches = [("", objective.draw(backbone, chosen, share, seed))]
+    if room is None:
+        return float(_mean_losses(backbone, model, objective, batches, backward)[0])
+    while (
+        found := _tried(backbone, lambda: _mean_losses(backbone, model, objective, batches, backward, room))
+    ) is None:
+        again()
+        room.shrink(backbone, batches, step)
+    return float(found[0])
 
 
 def _mean_losses(
@@ -109,7 +127,7 @@ def _mean_losses(
     objective: Objective,
     batches: Sequence[tuple[str, Sequence[Drawn]]],
     backward: Callable[[torch.Tensor], None] | None = None,
-    room: "_Room | None" = None,
+    room: "Room | None" = None,
     world: int = 1,
 ) -> torch.Tensor:
     """The mean loss of every batch over its own terms, all of them computed in the same parts.
@@ -127,7 +145,7 @@ def _mean_losses(
     found = torch.zeros(len(batches), device=backbone.device)
     every = _learned_from(batches)
     lengths = [d.length for _, d in every]
-    room = room or _Room(backbone.speed.part_tokens)
+    room = room or Room(backbone.speed.part_tokens)
     level = world > 1 and backbone.sharded
     parts = passes(lengths, room.tokens, packed=_packs(backbone, batches), world=world, level=level)
     for one in parts[processes.rank() if world > 1 else 0]:
@@ -163,21 +181,22 @@ def _packs(backbone: Backbone, batches: Sequence[tuple[str, Sequence[Drawn]]]) -
 
 
 @dataclass
-class _Room:
+class Room:
     """How many padded tokens go through the model at once, and whether that was more before memory ran out."""
 
     tokens: int
     less: bool = False
 
-    def shrink(self, backbone: Backbone, batches: Sequence[tuple[str, Sequence[Drawn]]], step: str) -> None:
-        """Halves it, after memory did not suffice for a step.
+    def shrink(
+        self, backbone: Backbone, batches: Sequence[tuple[str, Sequence[Drawn]]], step: str, world: int = 1
+    ) -> None:
+        """Halves it, after memory did not suffice for a step that so many processes compute together.
 
         Raises:
             LingraftError: Its parts are single texts already.
         """
         lengths = [d.length for _, d in _learned_from(batches)]
-        packed, world = _packs(backbone, batches), processes.world()
-        fewer = fewer_tokens(lengths, self.tokens, packed=packed, world=world)
+        fewer = fewer_tokens(lengths, self.tokens, packed=_packs(backbone, batches), world=world)
         if fewer is None:
             raise LingraftError(
                 f"there is not enough memory for {step}: a single text of {max(lengths, default=0)} tokens does not fit",
@@ -478,7 +497,7 @@ def learn_together(backbone: Backbone, model: Any, learners: Sequence[Learner]) 
 
     asked = backbone.speed.part_tokens
     tokens = min([asked, *(one.part_tokens for one in learners if one.part_tokens is not None)])
-    room = _Room(tokens, tokens < asked)
+    room = Room(tokens, tokens < asked)
 
     def held_out_loss(learner: Learner) -> float:
         return _held_out_loss(backbone, model, objective, learner, room)
@@ -511,7 +530,7 @@ def _step(
     objective: Objective,
     learners: Sequence[Learner],
     batches: Sequence[tuple[str, Sequence[Drawn]]],
-    room: _Room,
+    room: Room,
 ) -> tuple[list[float], list[float]]:
     """Makes the gradients of a step, clipped, and gives every training's loss and the norm of its gradients.
 
@@ -546,7 +565,7 @@ def _step(
             return figures[:count], figures[count : 2 * count]
         for learner in learners:
             learner.optimizer.zero_grad(set_to_none=True)
-        room.shrink(backbone, batches, named)
+        room.shrink(backbone, batches, named, world)
 
 
 def _added(learners: Sequence[Learner], losses: torch.Tensor, short: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -616,7 +635,7 @@ def held_out(count: int, config: TrainingConfig, seed: int) -> set[int]:
     return set(rng.permutation(count)[: max(1, round(config.held_out * count))].tolist())
 
 
-def _held_out_loss(backbone: Backbone, model: Any, objective: Objective, learner: Learner, room: _Room) -> float:
+def _held_out_loss(backbone: Backbone, model: Any, objective: Objective, learner: Learner, room: Room) -> float:
     """The mean loss of what is held out, at the same positions every time."""
     seed = derived_seed("held out positions", learner.seed)
     drawn = [(learner.lane, objective.draw(backbone, learner.held, learner.config.loss_positions, seed))]
@@ -636,7 +655,7 @@ def _held_out_loss(backbone: Backbone, model: Any, objective: Objective, learner
             loss, short = told.tolist()
             if not short:
                 return loss
-            room.shrink(backbone, drawn, "the loss of what is held out")
+            room.shrink(backbone, drawn, "the loss of what is held out", world)
     finally:
         model.train()
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from lingraft.digests import cache_folder, digest_bytes, digest_value
-from lingraft.errors import AlreadyMade, Busy, Damaged, StoreError, UserError, writing
+from lingraft.errors import AlreadyMade, Busy, Damaged, StoreError, TransientError, UserError, writing
 from lingraft.leases import Lease, is_free, is_older, leased, now, patience
 from lingraft.remote import Pointer, Remote, url_of
-from lingraft.replacing import write_text
+from lingraft.replacing import is_half, write_text
 
 RECORD = "step.json"
 """The file that makes a folder complete: what was done, from what, with which numeric environment."""
@@ -211,8 +211,9 @@ def _working(target: Path, record: Mapping[str, Any], begin: Callable[[Path], No
         target.parent.mkdir(parents=True, exist_ok=True)
         with leased(_lease_of(target)) as lease:
             begin(target)
-            work, began = _prepare(target, record, lease), time.monotonic()
+            work, began = _work_of(target, lease.token), time.monotonic()
             try:
+                _prepare(work, target, record, lease)
                 yield work
                 whole = time.monotonic() - began > _QUICK
                 _finish(work, target, record, lease, whole)
@@ -236,22 +237,35 @@ def _overtaken(target: Path) -> Busy:
     )
 
 
-def _prepare(target: Path, record: Mapping[str, Any], lease: Lease) -> Path:
-    """The working folder, which nobody else writes to, with what was kept of the same work."""
-    work, kept = target.with_name(f".{target.name}.{lease.token}.partial"), target.with_name(f".{target.name}.partial")
-    _adopt([target.with_name(f".{target.name}.{token}.partial") for token in lease.earlier], work, lease.certain)
-    _adopt([kept], work, certain=True)
+def _work_of(target: Path, token: str) -> Path:
+    return target.with_name(f".{target.name}.{token}.partial")
+
+
+def _prepare(work: Path, target: Path, record: Mapping[str, Any], lease: Lease) -> None:
+    """Makes the working folder, which nobody else writes to, with what was kept of the same work."""
+    _adopt([_work_of(target, token) for token in lease.earlier], work, lease.certain)
+    # Those of leases that a power cut has lost, too: whoever held them is gone, or this one could not be held.
+    lost = sorted(set(target.parent.glob(f".{target.name}.*.partial")) - {work})
+    _adopt([target.with_name(f".{target.name}.partial")], work, certain=True)
+    _adopt(lost, work, certain=False)
     intent = json.loads(json.dumps(record))
     if work.exists():
         with suppress(StoreError):  # Not even begun: there is nothing to keep.
             if not _links(work) and read_json(work / _INTENT) == intent:
                 (work / RECORD).unlink(missing_ok=True)
-                return work
+                _clear_halves(work)
+                return
         shutil.rmtree(work)
     work.mkdir(parents=True)
     # A crash that damages it costs this attempt, and nothing else.
     (work / _INTENT).write_text(json.dumps(intent), encoding="utf-8")
-    return work
+
+
+def _clear_halves(folder: Path) -> None:
+    """Removes what `replacing` was about to put in the place of a file when the process ended."""
+    for name in _files(folder):
+        if is_half(Path(name).name):
+            (folder / name).unlink()
 
 
 def _links(folder: Path) -> bool:
@@ -270,9 +284,10 @@ def _adopt(folders: list[Path], work: Path, certain: bool) -> None:
             folder.rename(work)
         elif folder.is_dir():
             # Renamed first: what the other still writes by name then goes nowhere.
-            taken = work.with_name(f"{work.name}.taken")
+            taken, copy = work.with_name(f"{work.name}.taken"), work.with_name(f"{work.name}.copy")
             folder.rename(taken)
-            shutil.copytree(taken, work)
+            shutil.copytree(taken, copy)
+            copy.rename(work)
             shutil.rmtree(taken, ignore_errors=True)
 
 
@@ -284,6 +299,7 @@ def _keep(work: Path, target: Path, record: Mapping[str, Any], useless: bool) ->
     with suppress(OSError):
         if not (work / _INTENT).exists():
             (work / _INTENT).write_text(json.dumps(record), encoding="utf-8")
+    with suppress(OSError):
         work.rename(target.with_name(f".{target.name}.partial"))
 
 
@@ -306,8 +322,6 @@ def _finish(work: Path, target: Path, record: Mapping[str, Any], lease: Lease, w
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise AlreadyMade("another process has made this meanwhile", where=target) from None
         raise
-    with suppress(OSError):
-        _VERIFIED[str(target)] = _look(target)
 
 
 def _sync(folder: Path, whole: bool) -> None:
@@ -377,10 +391,15 @@ class Store:
             )
         return self.root / kind / key
 
-    def has(self, kind: str, key: str) -> bool:
-        """Whether the step is finished."""
+    def has(self, kind: str, key: str, *, fresh: bool = False) -> bool:
+        """Whether the step is finished; elsewhere by a listing, which may be some seconds old, unless it is asked for afresh."""
         path = self.path(kind, key)
-        return self.remote.has(kind, key) if self.remote else (path / RECORD).is_file()
+        if not self.remote:
+            return (path / RECORD).is_file()
+        try:
+            return self.remote.has(kind, key, fresh=fresh)
+        except StoreError:  # What says so is damaged, which is found when it is read.
+            return True
 
     def steps(self) -> Iterator[tuple[str, str]]:
         """Kind and key of every finished step, in order."""
@@ -407,7 +426,11 @@ class Store:
             # What was made here, and too late, is not what counts there.
             if self._is_whole(path) and read_json(path / RECORD) == pointer.record:
                 return path
-            return self._fetched(self.remote, kind, key)
+            try:
+                return self._fetched(self.remote, kind, key)
+            except (Damaged, TransientError):
+                self.remote.doubt(kind, key)
+                raise
         self._check_there(path)
         wrong = self._wrong(path)
         if wrong is not None:
@@ -450,16 +473,16 @@ class Store:
         except StoreError as error:
             raise Damaged(kind, key, error.what, where=path) from error
 
-    def set_aside(self, kind: str, key: str) -> Path:
+    def set_aside(self, kind: str, key: str) -> str | None:
         """Moves a damaged step to `<root>/damaged`, so that it is made anew, with a note why beside it.
 
         Of several who find the damage one moves it, and a step that is whole by now stays.
 
         Returns:
-            Where it is now.
+            Where it is kept now; None: nothing was damaged.
 
         Raises:
-            Busy: Another process is making it anew.
+            Busy: Another process is at the same, or making it anew.
         """
         path = self.path(kind, key)
         with writing(path):
@@ -467,8 +490,8 @@ class Store:
             with self._alone(kind, key), leased(_lease_of(path)):
                 moved = self._moved(kind, key)
                 if self.remote:
-                    self._withdraw(self.remote, kind, key)
-                return moved
+                    return self._withdraw(self.remote, kind, key)
+                return None if moved is None else str(moved)
 
     def making(self, kind: str, key: str, record: Mapping[str, Any]) -> AbstractContextManager[Path]:
         """A context that makes the step's folder appear; see `appearing`.
@@ -557,7 +580,7 @@ class Store:
     def _hidden(self) -> list[Path]:
         """What stands beside the steps: leases, working folders, and what was left of them."""
         kinds = [k for k in sorted(_names(self.root)) if re.fullmatch("[a-z]+", k) and k != DAMAGED]
-        own = re.compile(r"\.[0-9a-f]+\.(lock|lock\..+|([0-9a-f]+\.)?partial(\.taken)?|[0-9a-f]+\.(fetching|gone))")
+        own = re.compile(r"\.[0-9a-f]+\.(lock|lock\..+|([0-9a-f]+\.)?partial(\.taken|\.copy)?|[0-9a-f]+\.(fetching|gone))")
         return [self.root / k / n for k in kinds for n in sorted(_names(self.root / k)) if own.fullmatch(n)]
 
     def _check_there(self, path: Path) -> None:
@@ -582,11 +605,11 @@ class Store:
     def _is_whole(self, path: Path) -> bool:
         return (path / RECORD).is_file() and not path.is_symlink() and self._wrong(path) is None
 
-    def _moved(self, kind: str, key: str) -> Path:
+    def _moved(self, kind: str, key: str) -> Path | None:
         path = self.path(kind, key)
         wrong = "a link is in its place" if path.is_symlink() else verify(path)
         if wrong is None or not (path.exists() or path.is_symlink()):
-            return path
+            return None
         (self.root / DAMAGED).mkdir(exist_ok=True)
         number = 0
         while True:
@@ -654,15 +677,15 @@ class Store:
         _VERIFIED[str(path)] = _look(path)
         return path
 
-    def _withdraw(self, remote: Remote, kind: str, key: str) -> None:
-        """Of a step elsewhere that is damaged: says that it is not finished."""
+    def _withdraw(self, remote: Remote, kind: str, key: str) -> str | None:
+        """Of a step elsewhere that is damaged: says that it is not finished, and gives where that is kept."""
         try:
             pointer = remote.pointer(kind, key, fresh=True)
         except StoreError as error:
-            remote.withdraw(kind, key, None, error.what)
-            return
+            return remote.withdraw(kind, key, None, error.what)
         if pointer is not None and (wrong := self.check(kind, key)) is not None:
-            remote.withdraw(kind, key, pointer, wrong)
+            return remote.withdraw(kind, key, pointer, wrong)
+        return None
 
     @contextmanager
     def _making_there(

@@ -129,7 +129,8 @@ def asked(model: Backbone, adapter: Path) -> list[Any]:
     loaded = Adapter.load(adapter)
     chosen = ask(model, loaded, EXAMPLES, Asking(batch_tokens=64))
     written = ask(model, loaded, EXAMPLES, Asking(scoring="generation", new_tokens=4, batch_tokens=64))
-    return [[list(p.scores) for p in chosen], [w.text for w in written]]  # pyright: ignore[reportAttributeAccessIssue]
+    single = ask(model, loaded, EXAMPLES[:1], Asking())  # Of two processes one has nothing to do.
+    return [[list(p.scores) for p in [*chosen, *single]], [w.text for w in written]]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def main(mode: str, out: Path) -> None:
@@ -156,9 +157,16 @@ def main(mode: str, out: Path) -> None:
             encoder(backbone(out.parent / "bert"), out)
             others(decoder, out)
             said["share"] = share_of(decoder)
+        said["patience"] = patience()
         said["asked"] = asked(decoder, out / "lora") if mode != "die" else None
         if processes.is_main():
             (out / "said.json").write_text(json.dumps(said))
+
+
+def patience() -> float:
+    """Seconds that a process waits for the others."""
+    backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))  # pyright: ignore[reportOptionalMemberAccess]
+    return backend.options._timeout.total_seconds()
 
 
 def share_of(model: Backbone) -> list[float]:

@@ -136,6 +136,10 @@ def test_one_process_goes_on_with_what_two_began(
     same(made / "left", made / "two/whole")
 
 
+def test_a_process_waits_for_as_long_as_the_first_one_may_wait(two: dict[str, float]) -> None:
+    assert two["patience"] > 24 * 3600  # torch gives up after half an hour, with NCCL after ten minutes.
+
+
 def test_two_processes_give_the_answers_of_one_to_the_last_bit(two: dict[str, object], made: Path) -> None:
     decoder = worker.backbone(made / "llama")
     assert two["asked"] == worker.asked(decoder, made / "two/lora")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,14 @@ pytest.importorskip("ray", reason="Ray is not installed")
 psutil = pytest.importorskip("psutil", reason="psutil, which comes with accelerate, is not installed")
 
 from lingraft.config import Experiment, load_experiment  # noqa: E402
-from lingraft.errors import UserError  # noqa: E402
-from lingraft.plan import Step  # noqa: E402
+from lingraft.errors import LingraftError, TransientError, UserError  # noqa: E402
+from lingraft.locating import locate  # noqa: E402
+from lingraft.plan import Step, make_plan  # noqa: E402
 from lingraft.runner import Events, run  # noqa: E402
+from lingraft.session import Session  # noqa: E402
 from lingraft.store import Store  # noqa: E402
+from lingraft.workers import cluster as workers  # noqa: E402
+from lingraft.workers.cluster import Cluster  # noqa: E402
 from tests.conftest import save_tiny_model  # noqa: E402
 from tests.integration.test_pipeline import make_experiment  # noqa: E402
 
@@ -77,6 +82,85 @@ def test_a_worker_that_dies_costs_nothing_but_time_and_the_bytes_are_those_of_he
     assert not makers() and not list((tmp_path / "theirs").glob(".seen-*"))
     again = run(experiment, tmp_path / "there", store=tmp_path / "theirs", on="ray")
     assert (again.ran, again.kept) == (0, len(here.plan.steps)), "and no cluster is started for nothing"
+
+
+@pytest.fixture
+def cluster(experiment: Experiment, tmp_path: Path) -> Iterator[Cluster]:
+    """A cluster of this machine."""
+    located = locate(experiment.backbone)
+    steps = make_plan(experiment, located).steps
+    session = Session(experiment, located, Store(tmp_path / "store"))
+    made = Cluster(session, str(tmp_path / "store"), None, steps, lambda *_: None, lambda text: None)
+    yield made
+    made.stop()
+
+
+def look_until(cluster: Cluster, done: Callable[[], bool]) -> list[LingraftError | None]:
+    """Asks for what has ended until something holds, with as many looks at the actors as there may be."""
+    found: list[LingraftError | None] = []
+    deadline = time.monotonic() + 120
+    while not done() and time.monotonic() < deadline:
+        cluster._looked = 0.0
+        found += [error for _, error in cluster.ended(0.2)]
+    return found
+
+
+def test_an_actor_that_was_idle_is_not_taken_for_stuck_and_one_that_died_idle_is_let_go(cluster: Cluster) -> None:
+    first, second, third = [step for step in cluster.steps if step.kind == "train"][:3]
+    told: list[str] = []
+    cluster.notice = told.append
+
+    def carried(step: Step) -> list[LingraftError | None]:
+        assert cluster.room(step)
+        cluster.start([step])
+        return look_until(cluster, lambda: not any(actor.group for actor in cluster._actors))
+
+    assert carried(first) == [None]
+    (actor,) = cluster._actors
+    actor.pulse, actor.alive, actor.asked = None, True, 0.0
+    assert carried(second) == [None]
+    assert cluster._actors == [actor] and not told
+    for process in makers():
+        process.kill()
+    look_until(cluster, lambda: not cluster._actors)
+    assert not cluster._actors
+    assert carried(third) == [None], "at the first try"
+
+
+@pytest.mark.parametrize("how", ["refuses", "cannot start"])
+def test_a_machine_that_can_make_nothing_ends_the_run_with_its_reason_or_is_left_out(
+    how: str, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    class Unfit(workers.Maker):
+        def __init__(self, *_: object) -> None:
+            raise ImportError("no such name")
+
+    if how == "refuses":
+        monkeypatch.setattr(workers, "__version__", "0.0.0")
+        says = "and 0.0.0 here"
+    else:
+        monkeypatch.setattr(workers, "Maker", Unfit)
+        says = "a worker cannot start on a machine of the cluster: ImportError: no such name"
+    step = next(step for step in cluster.steps if step.kind == "train")
+    assert cluster.room(step)
+    cluster.start([step])
+    with pytest.raises(UserError, match=says):
+        look_until(cluster, lambda: False)
+
+    # Beside another machine, it is told, and the step tried there.
+    told: list[str] = []
+    cluster.notice = told.append
+    cluster._left_out.clear()
+    rooms = {"another": next(iter(cluster._nodes().values()))}
+    monkeypatch.setattr(Cluster, "_nodes", lambda self: rooms)
+    cluster._rooms = {next(node["NodeID"] for node in cluster._ray.nodes()): rooms["another"]}
+    cluster._looked = time.monotonic() + 1000
+    cluster.start([step])
+    found: list[LingraftError | None] = []
+    while not found:
+        found = [error for _, error in cluster.ended(1.0)]
+    assert isinstance(found[0], TransientError) and len(told) == 1 and "is left out" in told[0]
 
 
 def test_a_step_that_is_too_large_for_the_cluster_is_refused(experiment: Experiment, tmp_path: Path) -> None:

@@ -226,6 +226,24 @@ def test_where_there_are_no_hard_links_leases_hold_all_the_same(path: Path, monk
         assert lease.held()
 
 
+def test_where_there_are_no_hard_links_a_guard_may_go_at_any_moment(path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links")
+
+    guard, really = path.with_name(f"{path.name}.guard"), Path.stat
+
+    def stat(self: Path, **options: Any) -> os.stat_result:
+        if self == guard:
+            guard.unlink(missing_ok=True)
+        return really(self, **options)
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(Path, "stat", stat)
+    guard.touch()
+    with leased(path) as lease:
+        assert lease.held()
+
+
 def test_signs_of_life_are_given_while_it_is_held(path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LINGRAFT_LEASE_SECONDS", "0.3")
     with leased(path):
@@ -354,3 +372,12 @@ def test_single_outputs_are_leased_too(tmp_path: Path):
     lease_of_another(tmp_path / ".out.lock", 0)
     with pytest.raises(Busy, match="elsewhere"), appearing(tmp_path / "out", {"n": 1}):
         pytest.fail("two are at work")
+
+
+def test_a_link_in_the_place_of_a_lease_is_none(tmp_path: Path) -> None:
+    path = tmp_path / ".step.lock"
+    for leads_to in ("nothing", "."):
+        path.symlink_to(leads_to)
+        with leased(path) as lease:
+            assert lease.held() and not path.is_symlink()
+        assert not path.exists()

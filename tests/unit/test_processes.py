@@ -139,6 +139,55 @@ def test_more_processes_than_gpus_are_refused(launched: pytest.MonkeyPatch) -> N
     assert device_name("cpu") == "cpu" and device_name("cuda:0") == "cuda:0"
 
 
+def test_processes_of_one_host_do_not_share_a_gpu(launched: pytest.MonkeyPatch) -> None:
+    from lingraft.backbones import device_name
+
+    launched.setattr(torch.cuda, "is_available", lambda: True)
+    launched.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="'cuda:1'"):
+        device_name("cuda:1")
+    launched.setenv("LOCAL_WORLD_SIZE", "1")
+    assert device_name("cuda:1") == "cuda:1"
+
+
+def test_what_broke_a_connection_is_said(launched: pytest.MonkeyPatch) -> None:
+    def broken(tensor: torch.Tensor) -> None:
+        raise RuntimeError("duplicate GPU detected\nand much more")
+
+    launched.setattr(torch.distributed, "all_reduce", broken)
+    launched.setattr("signal.signal", lambda *given: None)
+    with pytest.raises(LingraftError, match=r"has ended or cannot be reached \(duplicate GPU detected\)"):
+        processes.add(torch.zeros(1))
+
+
+ALONE = [
+    ["tune", "x.yaml"],
+    ["report", "runs/x"],
+    ["store", "ls"],
+    ["tasks"],
+    ["run", "x.yaml", "--dry-run"],
+    ["run", "x.yaml", "--export", "slurm"],
+    ["quickstart", "--dry-run"],
+]
+
+
+@pytest.mark.parametrize("words", ALONE, ids=" ".join)
+def test_a_verb_of_one_process_is_refused_once(launched: pytest.MonkeyPatch, words: list[str]) -> None:
+    from click.testing import CliRunner
+
+    from lingraft.cli import main
+
+    launched.setattr("time.sleep", lambda seconds: None)
+    launched.setattr("signal.signal", lambda *given: None)
+    silent = CliRunner().invoke(main, words)
+    assert (silent.exit_code, silent.output) == (2, "")
+    for name in ("RANK", "LOCAL_RANK"):
+        launched.setenv(name, "0")
+    said = CliRunner().invoke(main, words)
+    assert said.exit_code == 2 and said.output.count("error: ") == 1
+    assert "for one process, and a launcher started 2" in said.output
+
+
 def test_a_sharded_base_is_not_written_into(tiny: Any, launched: pytest.MonkeyPatch) -> None:
     launched.setattr(tiny, "sharded", True)
     with pytest.raises(UserError, match="not with a sharded base"):

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,16 @@ import pytest
 
 from lingraft import leases, remote
 from lingraft import store as storing
-from lingraft.errors import AlreadyMade, Busy, Damaged, MissingExtra, StoreError, TransientError, UserError
+from lingraft.errors import (
+    AlreadyMade,
+    Busy,
+    Damaged,
+    LingraftError,
+    MissingExtra,
+    StoreError,
+    TransientError,
+    UserError,
+)
 from lingraft.remote import Pointer, Remote, shown, url_of
 from lingraft.report.results import store_of
 from lingraft.store import RECORD, Store, content_hashes, open_store, read_json
@@ -298,18 +308,36 @@ def test_a_corrupted_object_is_found_set_aside_and_made_anew(client: Any, how: s
         two.folder("train", "ab")
     assert caught.value.where == f"{two.url}/train/ab"
     assert two.check("train", "ab") is not None
-    two.set_aside("train", "ab")
+    aside = two.set_aside("train", "ab")
     assert not two.has("train", "ab")
-    assert [n for n in objects(two) if n.startswith("damaged/")]
+    assert [f"{two.url}/{n}" for n in objects(two) if n.startswith("damaged/")] == [aside]
     with two.making("train", "ab", {"n": 1}) as work:
         (work / "a.txt").write_bytes(b"alpha")
     assert (three.folder("train", "ab") / "a.txt").read_bytes() == b"alpha"
 
 
+@pytest.mark.parametrize("how", ["changed", "gone"])
+def test_whoever_found_a_damage_reads_what_another_made_anew(client: Any, how: str):
+    one, finder, other = client("one"), client("two"), client("three")
+    made(one)
+    if how == "changed":
+        far(one).fs.pipe_file(file_of(one, "a.txt"), b"omega")
+        with pytest.raises(Damaged):
+            finder.folder("train", "ab")
+        assert other.set_aside("train", "ab") is not None
+    else:
+        assert finder.record("train", "ab")
+        other.drop("train", "ab")
+    made(other)
+    with suppress(LingraftError):
+        finder.folder("train", "ab")
+    assert (finder.folder("train", "ab") / "a.txt").read_bytes() == b"alpha"
+
+
 def test_a_whole_step_is_not_set_aside(client: Any):
     one = client("one")
     made(one)
-    one.set_aside("train", "ab")
+    assert one.set_aside("train", "ab") is None
     assert one.has("train", "ab")
     assert one.check("train", "ab") is None
 

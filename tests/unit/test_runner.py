@@ -1,5 +1,6 @@
 """Runs with workers that do as they are told: what is made, waited for, tried again, made anew, and given up."""
 
+import pickle
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
@@ -8,8 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lingraft import runner
-from lingraft.errors import AlreadyMade, Busy, Damaged, LingraftError, RunFailed, TransientError, UserError
-from lingraft.plan import Step
+from lingraft.config import BackboneConfig, Experiment
+from lingraft.errors import (
+    AlreadyMade,
+    Busy,
+    Damaged,
+    LingraftError,
+    MissingExtra,
+    RunFailed,
+    TransientError,
+    UserError,
+)
+from lingraft.estimating import _rates
+from lingraft.plan import Plan, Step
+from lingraft.plan.steps import Cell
 from lingraft.runner import Events, carry_out
 from lingraft.store import Store, write_json
 from lingraft.workers import Ended
@@ -155,6 +168,113 @@ def test_an_input_that_is_damaged_again_and_again_is_a_failure(tmp_path: Path) -
     assert workers.begun.count("second") == runner.TRIES
 
 
+def test_all_inputs_that_are_damaged_are_made_anew_however_many(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    inputs = {str(n): Step("score", {"n": n}, label=str(n)) for n in range(2 * runner.TRIES)}
+    for step in inputs.values():
+        make(store, step)
+        (store.path("score", step.key) / "result.txt").write_text("damaged")
+    top = Step("select", {"n": 0}, inputs, label="top")
+    assert carry_out([top], store, Told(store, {}), Events()) == 1 + len(inputs)
+
+
+def test_a_damage_that_another_run_is_looking_at_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, (first, second, *_) = Store(tmp_path), chain()
+    make(store, first)
+    (store.path("train", first.key) / "result.txt").write_text("damaged")
+    busy = [Busy("another looks at it") for _ in range(2 * runner.TRIES)]
+    really = Store.set_aside
+
+    def set_aside(self: Store, kind: str, key: str) -> str | None:
+        if busy:
+            raise busy.pop()
+        return really(self, kind, key)
+
+    monkeypatch.setattr(Store, "set_aside", set_aside)
+    assert carry_out([second], store, Told(store, {}), Events()) == 2
+
+
+def test_what_waits_for_another_run_is_stopped_when_what_it_needs_has_failed_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "_PAUSE", 0.5)
+    store = Store(tmp_path)
+    first = Step("train", {"n": 1}, label="first")
+    waits, finds = (Step("merge", {"n": n}, {"x": first}, label=name) for n, name in ((2, "waits"), (3, "finds")))
+    after = Step("score", {"n": 4}, {"x": waits}, label="after")
+    make(store, first)
+
+    class Late(Told):
+        """The damage comes when the first of those who read it has begun."""
+
+        def _outcome(self, step: Step) -> LingraftError | None:
+            if step.label == "waits":
+                (store.path("train", first.key) / "result.txt").write_text("damaged")
+                return Busy("another run is making it")
+            return super()._outcome(step)
+
+    workers = Late(store, {"first": [LingraftError("its data are gone")]})
+    with pytest.raises(RunFailed, match="1 step failed and 3 that depend on them"):
+        carry_out([waits, finds, after], store, workers, Events())
+    assert "after" not in workers.begun
+
+
+def results_of(*steps: Step) -> Plan:
+    """A plan whose report reads some steps."""
+    cells = tuple(Cell("eng-ft", "sw", 0, step, step, None) for step in steps)
+    return Plan(Experiment.model_construct(), steps, cells, {}, {}, ())
+
+
+def test_a_damaged_result_that_another_run_sets_aside_at_the_same_moment_is_not_taken_for_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, (first, *_) = Store(tmp_path), chain()
+    make(store, first)
+    (store.path("train", first.key) / "result.txt").write_text("damaged")
+    looked: list[int] = []
+    really = Store.set_aside
+
+    def set_aside(self: Store, kind: str, key: str) -> str | None:
+        looked.append(1)
+        if len(looked) == 1:
+            raise Busy("another looks at it")
+        return really(self, kind, key)
+
+    monkeypatch.setattr(Store, "set_aside", set_aside)
+    runner._check_results(results_of(first), store, Events())
+    assert not store.has("train", first.key)
+
+
+def test_a_result_that_another_run_has_just_set_aside_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, (first, *_) = Store(tmp_path), chain()
+    make(store, first)
+    (store.path("train", first.key) / "result.txt").write_text("damaged")
+    really = Store.folder
+
+    def folder(self: Store, kind: str, key: str) -> Path:
+        Store(tmp_path).set_aside(kind, key)
+        return really(self, kind, key)
+
+    monkeypatch.setattr(Store, "folder", folder)
+    runner._check_results(results_of(first), store, Events())
+    assert not store.has("train", first.key)
+
+
+def test_a_damaged_record_is_no_measurement_and_no_obstacle_to_an_estimate(tmp_path: Path) -> None:
+    store, (first, _, _, other) = Store(tmp_path), chain()
+    for step in (first, other):
+        with store.making(step.kind, step.key, step.identity()) as work:
+            write_json(work / "extra.json", {"seconds": 2.0})
+    experiment = Experiment.model_construct(backbone=BackboneConfig.model_validate({"model": "m"}))
+    plan = Plan(experiment, (first, other), (), {}, {}, ())
+    sizes = {first.key: 10, other.key: 30}
+    assert _rates(plan, store, sizes) == {"train": 10.0}
+    (store.path("train", first.key) / "step.json").write_text("{")
+    assert _rates(plan, store, sizes) == {"train": 15.0}
+
+
 def test_an_input_that_another_run_has_made_anew_meanwhile_is_read(tmp_path: Path) -> None:
     store, (first, second, *_) = Store(tmp_path), chain()
     make(store, first)
@@ -204,3 +324,20 @@ def test_whatever_happens_every_step_is_there_once_or_its_failure_is_said(
 
 def _needed(step: Step) -> list[Step]:
     return [step, *(s for needed in step.inputs.values() for s in _needed(needed))]
+
+
+def _kinds(kind: type[LingraftError]) -> list[type[LingraftError]]:
+    return [kind, *(k for below in kind.__subclasses__() for k in _kinds(below))]
+
+
+@pytest.mark.parametrize("kind", _kinds(LingraftError))
+def test_an_error_comes_back_from_another_process_as_it_was(kind: type[LingraftError]) -> None:
+    if kind is MissingExtra:
+        error: LingraftError = MissingExtra("ray", "ray")
+    elif kind is Damaged:
+        error = Damaged("train", "abc", "changed", where="here")
+    else:
+        error = kind("wrong", where="here", remedy="mend it")
+    error.exit_code = 7
+    back = pickle.loads(pickle.dumps(error))  # noqa: S301 - what was written here
+    assert type(back) is kind and vars(back) == vars(error) and str(back) == str(error) and back.args == error.args

@@ -71,6 +71,20 @@ def test_a_damaged_input_is_made_before_whatever_needs_it_goes_on() -> None:
     assert [schedule.take(), schedule.take()] == [mine, other]
 
 
+def test_what_is_put_back_after_what_it_needs_has_failed_is_stopped_with_what_needs_it() -> None:
+    damaged = Step("train", {"n": 1})
+    finds, waits = Step("merge", {"n": 2}, {"x": damaged}), Step("merge", {"n": 3}, {"x": damaged})
+    after = Step("score", {"n": 4}, {"x": waits})
+    schedule = Schedule([finds, waits, after])
+    assert [schedule.take(), schedule.take()] == [finds, waits]
+    schedule.add([damaged])
+    schedule.put_back(finds)
+    schedule.fail(schedule.take() or finds)
+    assert schedule.stopped == {finds.key} and not schedule.over
+    schedule.put_back(waits)
+    assert schedule.stopped == {finds.key, waits.key, after.key} and schedule.over
+
+
 def test_what_was_finished_is_made_again_when_it_is_found_damaged() -> None:
     first = Step("train", {"n": 1})
     second = Step("score", {"n": 2}, {"x": first})

@@ -10,6 +10,8 @@ import pickle
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -700,3 +702,14 @@ def test_a_report_does_not_write_through_links(tmp_path: Path) -> None:
     show_report(run, as_json=True)
     assert (tmp_path / "precious").read_text() == "mine"
     assert (run / "report.md").read_text().startswith("# by-hand")
+
+
+def test_a_path_that_is_no_text_is_said_and_stays_readable_elsewhere(tmp_path: Path) -> None:
+    name = "no\udcff-ภาษา-\u200fعربي\U0001f600.yaml"  # As Python reads a name that is not UTF-8.
+    script = "import sys; from lingraft.cli import main; sys.argv[0] = 'lingraft'; main()"
+    command = [sys.executable, "-c", script, "run", str(tmp_path / name)]
+    said = subprocess.run([*command, "--json"], capture_output=True, check=False, env={**os.environ, "PYTHONUTF8": "1"})
+    assert said.returncode == 2 and json.loads(said.stdout)["where"] == str(tmp_path / name)
+    assert "ภาษา-\u200fعربي\U0001f600" in said.stdout.decode() and b"\\udcff" in said.stdout
+    shown = subprocess.run(command, capture_output=True, check=False, env={**os.environ, "PYTHONUTF8": "1"})
+    assert shown.returncode == 2 and "no\\udcff-ภาษา-\u200fعربي\U0001f600.yaml" in shown.stderr.decode()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -483,6 +484,18 @@ def test_where_sbatch_refuses_what_was_submitted_is_named(small: tuple[Plan, Loc
     assert submitted.returncode != 0 and "scancel 100 101" in submitted.stderr and "QOS policy" in submitted.stderr
 
 
+def test_where_sbatch_refuses_the_first_job_there_is_nothing_to_cancel(
+    small: tuple[Plan, Located], tmp_path: Path
+) -> None:
+    exported = Exported(tmp_path, *small)
+    (exported.cluster.folder / "refuse").write_text("0")
+    submitted = exported.cluster.submit(exported.found["submit"])
+    assert submitted.returncode != 0 and "error: not all was submitted\n" in submitted.stderr
+    # Bash before 4.4 takes an empty array for an unset name, and would end within the message.
+    text = Path(exported.found["submit"]).read_text()
+    assert not re.findall(r"(?<!\+; to cancel what was: scancel )\$\{jobs\[\*\]\}", text)
+
+
 def test_options_of_the_script_that_submits_are_handed_on(small: tuple[Plan, Located], tmp_path: Path) -> None:
     exported = Exported(tmp_path, *small)
     submitted = exported.cluster.submit(exported.found["submit"], "--comment=a 'b' $c", "--exclusive")
@@ -510,3 +523,36 @@ def test_scripts_are_sound_bash(small: tuple[Plan, Located], tmp_path: Path) -> 
     if checker is not None:
         found = subprocess.run([checker, *map(str, scripts)], capture_output=True, text=True, check=False)
         assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        (["--export", "slurm", "--on", "ray"], "runs nothing"),
+        (["--export", "slurm", "--dry-run"], "runs nothing"),
+        (["--export", "slurm", "--only", "0" * 24], "runs nothing"),
+        (["--slurm", "account=nlp"], "--slurm is of the jobs that --export writes"),
+        (["--ray-address", "auto"], "--ray-address auto is of a Ray cluster"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_that_would_not_be_heeded_are_refused(tmp_path: Path, given: list[str], what: str) -> None:
+    from click.testing import CliRunner
+
+    from lingraft.cli import main
+
+    done = CliRunner().invoke(main, ["run", str(tmp_path / "x.yaml"), *given])
+    assert done.exit_code == 2 and what in done.output
+
+
+def test_no_key_is_not_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    from click.testing import CliRunner
+
+    from lingraft.cli import main
+    from lingraft.commands import experiments
+
+    asked: list[Any] = []
+    monkeypatch.setattr(experiments, "run_experiment", lambda *given, **_: asked.append(given[4].only))
+    for words in (["--only", ""], ["--only", "a,b"], []):
+        assert CliRunner().invoke(main, ["run", "x.yaml", *words]).exit_code == 0
+    assert asked == [("",), ("a", "b"), ()]

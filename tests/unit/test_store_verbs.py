@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from lingraft.cli import main
+from lingraft.commands.experiments import _collect_adapters
+from lingraft.errors import StoreError
 from lingraft.leases import leased
-from lingraft.store import DAMAGED, Store, write_json
+from lingraft.store import DAMAGED, RECORD, Store, verify, write_json
 from tests.unit.test_store_steps import flipped, made
 
 
@@ -188,3 +191,34 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path):
         assert "no store here" in answered(verb, tmp_path / "none", code=2)["error"]
         assert "no store here" in asked(verb, tmp_path / "none").stderr
     assert not (tmp_path / "none").exists()
+
+
+def test_a_reports_adapters_are_copied_once_whoever_else_copies_them(
+    shelf: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source, target = shelf.path("train", "ab"), tmp_path / "adapters"
+    found = {
+        "seeds": [0],
+        "adapters": [{"method": "adamergex", "language": "sw", "seed": 0, "path": str(source)}],
+    }
+    _collect_adapters(found, target)
+    copied = target / "adamergex-sw"
+    assert verify(copied) is None
+    # Another report of the same puts its copy there in the moment between.
+    (copied / RECORD).write_text("{}")
+    really = shutil.rmtree
+
+    def gone(path: Path, **options: Any) -> None:
+        really(path, **options)
+        if path == copied:
+            shutil.copytree(source, copied)
+
+    monkeypatch.setattr(shutil, "rmtree", gone)
+    _collect_adapters(found, target)
+    monkeypatch.undo()
+    assert verify(copied) is None
+    assert [path.name for path in target.iterdir()] == ["adamergex-sw"]
+    # What is no longer in the store is said, copied or not.
+    really(source)
+    with pytest.raises(StoreError, match="missing"):
+        _collect_adapters(found, target)

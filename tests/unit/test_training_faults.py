@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lingraft.heads import Head
 from lingraft.locating import locate
 from lingraft.memory import by_halves, out_of_memory
 from lingraft.tasks.items import Example
+from lingraft.tensors import write_all
 from lingraft.training import train
 from lingraft.transduction import answer_sequences as pair_sequences
 from lingraft.transduction import prefix_lm_sequences, span_corruption_sequences
@@ -183,6 +185,24 @@ def test_a_training_goes_on_with_the_parts_that_memory_sufficed_for(
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
+def test_the_first_phase_of_a_sparse_difference_is_done_in_smaller_parts(
+    tiny: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = AdapterConfig(family="sparse", entries=300, select="gradient")
+    options: dict[str, Any] = {"adapter": adapter, "training": TrainingConfig(batch_size=5, epochs=2, weight_decay=0)}
+    sequences = answer_sequences(tiny, EXAMPLES, 128)
+    monkeypatch.setattr(tiny, "speed", SpeedConfig(part_tokens=64))
+    train(tiny, sequences, place(tmp_path / "small"), **options)
+    monkeypatch.setattr(tiny, "speed", SpeedConfig())
+    scarce(tiny, monkeypatch, 64, FULL[0])
+    with pytest.warns(TrainingWarning, match="step 1 of 2 of the first phase"):
+        train(tiny, sequences, place(tmp_path / "short"), **options)
+    assert weights(tmp_path / "short") == weights(tmp_path / "small")
+    with pytest.warns(TrainingWarning), pytest.raises(Stop):
+        train(tiny, sequences, place(tmp_path / "parts"), progress=stopping(2), checkpoint_seconds=0.0, **options)
+    assert checkpoints.read(tmp_path / "parts/first" / CHECKPOINT)[1]["part_tokens"] == "64"
+
+
 def test_a_text_for_which_there_is_no_room_is_said(
     tiny: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +242,30 @@ def test_an_evaluation_is_read_in_halves(tiny: Backbone, monkeypatch: pytest.Mon
     for one, other in zip(whole, halves, strict=True):
         said = [getattr(x, "scores", None) or [x.gold_log_likelihood] for x in (one, other)]  # pyright: ignore[reportAttributeAccessIssue]
         np.testing.assert_allclose(*said, rtol=1e-5)
+
+
+def test_kept_beginnings_are_read_in_halves_or_not_at_all(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = "An ode to the long and common beginning. " * 3
+    alike = [replace(e, prompt=shown + e.prompt) for e in EXAMPLES]
+    usual, most = tiny.model.base_model.forward, [10**6]
+    sizes: list[int] = []
+
+    def forward(*args: Any, **given: Any) -> Any:
+        sizes.append(given["input_ids"].numel())
+        if sizes[-1] > most[0]:
+            raise FULL[0]
+        return usual(*args, **given)
+
+    monkeypatch.setattr(tiny.model.base_model, "forward", forward)
+    whole = ask(tiny, None, alike, Asking())
+    most[0] = max(sizes) - 1
+    sizes.clear()
+    for one, other in zip(whole, ask(tiny, None, alike, Asking()), strict=True):
+        np.testing.assert_allclose(one.scores, other.scores, rtol=1e-4)  # pyright: ignore[reportAttributeAccessIssue]
+    assert max(sizes) > most[0]
+    most[0] = 20
+    with pytest.raises(LingraftError, match="not enough memory for a single item"):
+        ask(tiny, None, alike, Asking())
 
 
 def test_texts_are_written_in_halves(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +368,18 @@ def spoil_best(folder: Path) -> None:
     (folder / "best.safetensors").write_bytes(b"nothing")
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, lose_steps, spoil_best])
+def of_before_hashes(folder: Path) -> None:
+    tensors, notes = checkpoints.read(folder / CHECKPOINT)
+    write_all(folder / CHECKPOINT, tensors, notes)
+
+
+SAID: dict[Any, str] = {
+    of_before_hashes: "it holds no hash: another version of lingraft wrote it",
+    lose_steps: "its log is not",
+}
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, lose_steps, spoil_best, of_before_hashes])
 def test_a_training_begins_anew_where_its_checkpoint_is_damaged(
     tiny: Backbone, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
@@ -336,9 +391,10 @@ def test_a_training_begins_anew_where_its_checkpoint_is_damaged(
         train(tiny, sequences, place(tmp_path / "hurt"), progress=stopping(3), **options)
     damage(tmp_path / "hurt")
     reached: list[int] = []
-    with pytest.warns(TrainingWarning, match=r"damaged .* renamed to damaged-0\.checkpoint") as said:
+    with pytest.warns(TrainingWarning, match=r"renamed to damaged-0\.checkpoint") as said:
         train(tiny, sequences, tmp_path / "hurt", progress=lambda done, *_: reached.append(done), **options)
     assert len(said) == 1 and reached[0] == 1
+    assert SAID.get(damage, "") in str(said[0].message)
     assert weights(tmp_path / "hurt") == weights(tmp_path / "whole")
     assert sorted(p.name for p in (tmp_path / "hurt").iterdir()) == sorted(
         p.name for p in (tmp_path / "whole").iterdir()

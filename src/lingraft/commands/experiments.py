@@ -4,7 +4,6 @@ import re
 import secrets
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,13 +118,14 @@ def tune_experiment(
     from lingraft.report.terminal import show_tuning
     from lingraft.report.tuning import tuning
     from lingraft.runner import tune
+    from lingraft.store import open_store
 
     experiment = load_experiment(path, overrides)
     if data_dir is not None:
         experiment = experiment.model_copy(update={"data_dir": data_dir})
     shelf = store or str(Path("runs") / "store")
     _notices(experiment, as_json)
-    with Watcher(as_json) as watcher, writing(Path(shelf)):
+    with Watcher(as_json) as watcher, writing(open_store(shelf).root):
         plan, kept = tune(experiment, shelf, events=_events(watcher))
     found = tuning(plan, kept)
     if as_json:
@@ -297,15 +297,21 @@ def _collect_adapters(found: dict[str, Any], target: Path) -> None:
         if not re.fullmatch(r"[A-Za-z][\w-]*", name, re.ASCII) or target.is_symlink():
             raise UserError(f"an adapter of this run cannot be called {name!r}", where=target, remedy="run it again")
         final, partial = target / name, target / f".{name}.{secrets.token_hex(4)}"
-        mark, source = final / RECORD, Path(entry["path"])
-        if mark.is_file() and mark.read_bytes() == (source / RECORD).read_bytes():
-            continue
+        source = Path(entry["path"])
+        try:
+            if (final / RECORD).read_bytes() == (source / RECORD).read_bytes():
+                continue
+        except OSError:  # One of them is not there.
+            pass
         if wrong := verify(source):
             raise StoreError(wrong, where=source, remedy="give the `lingraft run` command again: it is made anew")
         try:
             shutil.copytree(source, partial)
             shutil.rmtree(final, ignore_errors=True)
-            with suppress(FileExistsError):  # Another run of the same was faster.
+            try:
                 partial.rename(final)
+            except OSError:
+                if not (final / RECORD).is_file():  # Else another run of the same was faster.
+                    raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -98,7 +98,7 @@ def verify_store(where: str, repair: bool, as_json: bool) -> tuple[dict[str, Any
     if repair:
         for entry in damaged:
             try:
-                entry["moved_to"] = str(store.set_aside(entry["kind"], entry["key"]))
+                entry["moved_to"] = store.set_aside(entry["kind"], entry["key"])
             except Busy as error:
                 entry["moved_to"], entry["busy"] = None, error.what
                 left += 1

@@ -61,16 +61,18 @@ class Maker:
         """A sign of life: how far the step is."""
         return self._progress
 
-    def make(self, group: Sequence[Step]) -> tuple[list[Ended], list[str]]:
-        """Makes steps, and gives what became of each and what was said meanwhile."""
+    def make(self, group: Sequence[Step]) -> tuple[list[Ended] | LingraftError, list[str]]:
+        """Makes steps, and gives what became of each, or why none can be made on this machine, and what was said meanwhile."""
         self._progress = (0, 0, "")
         said: list[str] = []
         with _hearing(said):
             try:
                 if self._session is None:
                     self._session = self._opened()
-            except LingraftError as error:
+            except TransientError as error:
                 return [(step, error) for step in group], said
+            except LingraftError as error:
+                return error, said
             return make(group, self._session), said
 
     def _opened(self) -> Session:
@@ -141,7 +143,8 @@ class _Actor:
     group: tuple[Step, ...] = ()
     answer: Any = None
     pulse: Any = None
-    alive: float | None = None
+    asked: float = 0.0
+    alive: bool = False
     said: bool = False
 
 
@@ -190,6 +193,7 @@ class Cluster:
     notice: Notice
     _actors: list[_Actor] = field(default_factory=list)
     _rooms: dict[str, _Room] = field(default_factory=dict)
+    _left_out: set[str] = field(default_factory=set)
     _looked: float = 0.0
     _headless: float | None = None
     _crowded: float | None = None
@@ -247,7 +251,11 @@ class Cluster:
         actor.answer = actor.handle.make.remote(list(group))
 
     def ended(self, seconds: float) -> list[Ended]:
-        """What the actors have made, and what was lost with one that died."""
+        """What the actors have made, and what was lost with one that died.
+
+        Raises:
+            LingraftError: No machine is left, or none on which a step can be made.
+        """
         self._look()
         working = {actor.answer: actor for actor in self._actors if actor.group}
         if not working:
@@ -261,7 +269,8 @@ class Cluster:
     def stop(self) -> None:
         """Ends the actors, and the cluster if it was started here."""
         if self._probe:
-            (self.session.store.root / self._probe).unlink(missing_ok=True)
+            with suppress(OSError):
+                (self.session.store.root / self._probe).unlink()
         actors, self._actors = self._actors, []
 
         def end() -> None:
@@ -283,12 +292,37 @@ class Cluster:
         except self._ray.exceptions.RayTaskError as error:  # A bug, as it would be here.
             raise error.as_instanceof_cause() from None
         except self._ray.exceptions.RayError as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            if "creation task" in lines[0]:
+                return self._refused(
+                    actor,
+                    group,
+                    UserError(
+                        f"a worker cannot start on a machine of the cluster: {lines[-1]}",
+                        remedy="install the same lingraft, with what it needs, on all machines",
+                    ),
+                )
             self._drop(actor)
-            reason = _reason(error)
-            return [(step, TransientError(f"its worker died: {reason}", remedy=_REMEDY)) for step in group]
+            return [(step, TransientError(f"its worker died: {lines[0]}", remedy=_REMEDY)) for step in group]
         for text in said:
             self.notice(text)
-        return ended
+        return self._refused(actor, group, ended) if isinstance(ended, LingraftError) else ended
+
+    def _refused(self, actor: _Actor, group: Sequence[Step], error: LingraftError) -> list[Ended]:
+        """A machine on which nothing can be made is given nothing any more: it would fail one step after the other.
+
+        Raises:
+            LingraftError: There is no other that is large enough.
+        """
+        needs: Needs = self.sort(group[0])  # pyright: ignore[reportAssignmentType]
+        self._left_out.add(actor.node)
+        for other in [other for other in self._actors if other.node == actor.node and not other.group]:
+            self._drop(other)
+        self._rooms = self._nodes()
+        if not any(room.holds(needs) for room in self._rooms.values()):
+            raise error
+        self.notice(f"a machine of the cluster is left out: {error.what}")
+        return [(step, TransientError(error.what, where=error.where, remedy=error.remedy)) for step in group]
 
     def _drop(self, actor: _Actor) -> None:
         self._actors.remove(actor)
@@ -354,7 +388,7 @@ class Cluster:
         """What every machine of the cluster has."""
         found: dict[str, _Room] = {}
         for node in self._ray.nodes():
-            if node["Alive"]:
+            if node["Alive"] and node["NodeID"] not in self._left_out:
                 has: Mapping[str, float] = node["Resources"]
                 found[node["NodeID"]] = _Room(has.get("CPU", 0), has.get("GPU", 0), has.get("memory", 0))
         return found
@@ -391,30 +425,42 @@ class Cluster:
                 return
 
     def _look(self) -> None:
-        """Asks working actors for a sign of life, passes on how far they are, and ends those that have none."""
+        """Asks the actors for a sign of life, passes on how far they are, and lets go of those that have none."""
         now = time.monotonic()
         if now - self._looked < _LOOK:
             return
         self._looked = now
         self._check_head(now)
         self._rooms = self._nodes()
-        for actor in [actor for actor in self._actors if actor.group]:
+        for actor in list(self._actors):
             if actor.pulse is None:
                 actor.pulse = actor.handle.pulse.options(concurrency_group="control").remote()
+                actor.asked = now
             answered, _ = self._ray.wait([actor.pulse], timeout=0)
             if answered:
-                with suppress(self._ray.exceptions.RayError):  # It died: its answer says so.
-                    done, total, note = self._ray.get(actor.pulse)
-                    self.progress(actor.group[0], done, total, note)
-                actor.pulse, actor.alive = None, now
-            elif actor.alive is None:
-                if now - actor.began > _STARTING and not actor.said:
+                self._answered(actor)
+            elif not actor.alive:
+                if actor.group and now - actor.began > _STARTING and not actor.said:
                     actor.said = True
                     self.notice(f"'{actor.group[0].label}' waits for the cluster to start its worker")
-            elif now - actor.alive > self._stalled:
-                self.notice(f"the worker of '{actor.group[0].label}' gives no sign of life and is ended")
+            elif now - actor.asked > self._stalled:
+                if actor.group:
+                    self.notice(f"the worker of '{actor.group[0].label}' gives no sign of life and is ended")
                 self._ray.kill(actor.handle)  # Its answer is an error now.
-                actor.alive = now
+                actor.asked = now
+
+    def _answered(self, actor: _Actor) -> None:
+        """What an actor says of itself."""
+        pulse, actor.pulse = actor.pulse, None
+        try:
+            done, total, note = self._ray.get(pulse)
+        except self._ray.exceptions.RayError:
+            if not actor.group:  # Else its answer says so.
+                self._drop(actor)
+            return
+        actor.alive = True
+        if actor.group:
+            self.progress(actor.group[0], done, total, note)
 
 
 _REMEDY = "see Ray's logs; if it was killed for its memory, raise resources.memory or lower speed.part_tokens"
@@ -507,9 +553,3 @@ def _most(needs: Sequence[Needs]) -> Needs:
 def _covers(has: Needs, needs: Any) -> bool:
     """Whether an actor is large enough for a step."""
     return has.cpus >= needs.cpus and has.gpus >= needs.gpus and (has.memory or 0) >= (needs.memory or 0)
-
-
-def _reason(error: Exception) -> str:
-    """Why Ray lost an actor, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

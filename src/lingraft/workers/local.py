@@ -57,27 +57,31 @@ def make(
         begun: Told which of them nobody else is making, before they are made.
     """
     found: list[Ended] = []
-    with ExitStack() as everything:
-        open_: list[tuple[Step, ExitStack, Path]] = []
-        for step in group:
-            own = everything.enter_context(ExitStack())
-            try:
-                work = own.enter_context(session.store.making(step.kind, step.key, step.identity()))
-            except LingraftError as error:
-                found.append((step, error))
-            else:
-                open_.append((step, own, work))
-        begun([step for step, _, _ in open_])
-        errors = carried_out([(step, work) for step, _, work in open_], session)
-        for (step, own, _), error in zip(open_, errors, strict=True):
-            try:
-                with own:  # Its folder appears.
-                    if error is not None:
-                        raise error
-            except LingraftError as raised:
-                found.append((step, raised))
-            else:
-                found.append((step, None))
+    try:
+        with ExitStack() as everything:
+            open_: list[tuple[Step, ExitStack, Path]] = []
+            for step in group:
+                own = everything.enter_context(ExitStack())
+                try:
+                    work = own.enter_context(session.store.making(step.kind, step.key, step.identity()))
+                except LingraftError as error:
+                    found.append((step, error))
+                else:
+                    open_.append((step, own, work))
+            begun([step for step, _, _ in open_])
+            errors = carried_out([(step, work) for step, _, work in open_], session)
+            for (step, own, _), error in zip(open_, errors, strict=True):
+                try:
+                    with own:  # Its folder appears.
+                        if error is not None:
+                            raise error
+                except LingraftError as raised:
+                    found.append((step, raised))
+                else:
+                    found.append((step, None))
+    except LingraftError as error:  # Of a folder's own end, as when another process has taken it over.
+        known = {step.key for step, _ in found}
+        return [*found, *((step, error) for step in group if step.key not in known)]
     return found
 
 
