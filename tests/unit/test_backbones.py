@@ -268,7 +268,7 @@ def test_fewer_bits_are_asked_for_as_published(monkeypatch: pytest.MonkeyPatch) 
     from lingraft.backbones import _quantisation
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    monkeypatch.setattr("lingraft.backbones._device", lambda name: "cuda:0")
+    monkeypatch.setattr("lingraft.backbones.device_name", lambda name: "cuda:0")
     made = _quantisation(Quantised("nf4", "auto"), torch.bfloat16)
     config = made["quantization_config"]
     assert made["device_map"] == {"": torch.device("cuda:0")}

@@ -237,7 +237,7 @@ class Filling(io.FileIO):
 
 @pytest.mark.parametrize(
     ("error", "said"),
-    [(errno.ENOSPC, "no space is left"), (errno.EIO, "cannot be written")],
+    [(errno.ENOSPC, "no space is left"), (errno.EIO, "reports an error")],
     ids=["full", "broken"],
 )
 @pytest.mark.parametrize("name", [STATES, INDEX])
@@ -254,7 +254,12 @@ def test_a_disk_that_refuses_midway_leaves_nothing(
         file = io.BufferedWriter(Filling(path, "w"), 64)
         return file if "b" in mode else io.TextIOWrapper(file, encoding="utf-8")
 
+    def replacing(handle: int, mode: str, **options: Any) -> Any:
+        return io.TextIOWrapper(io.BufferedWriter(Filling(handle, "w"), 64), encoding="utf-8")
+
     monkeypatch.setattr(Path, "open", filling)
+    if name == INDEX:
+        monkeypatch.setattr("lingraft.replacing.os.fdopen", replacing)
     requests = [Request((n,), (), 4) for n in range(8)]
     with pytest.raises(StoreError, match=said):
         write_states(tmp_path, DIGEST, requests, compute, **ROOMY)

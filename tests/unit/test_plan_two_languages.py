@@ -33,8 +33,14 @@ def model_folder(folder: Path, kind: str, **more: Any) -> Path:
     """What planning reads of a model: a configuration, and weights to take a digest of."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"model_type": kind, **more}))
-    (folder / "model.safetensors").write_bytes(kind.encode())
+    write_weights(folder, kind)
     return folder
+
+
+def write_weights(folder: Path, about: str) -> None:
+    """A safetensors file without tensors, which says something."""
+    header = json.dumps({"__metadata__": {"about": about}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
 
 
 @pytest.fixture
@@ -130,7 +136,7 @@ def test_another_encoder_is_new_work_for_flare_mt_alone(base: dict[str, Any], tm
     before = planned(base)
     other = model_folder(tmp_path / "other", "m2m_100", d_model=8)
     assert changed(before, planned(base, fusion={"encoder": str(other)})) == {"flare-mt"}
-    (Path(base["fusion"]["encoder"]) / "model.safetensors").write_bytes(b"changed")
+    write_weights(Path(base["fusion"]["encoder"]), "changed")
     assert changed(before, planned(base)) == {"flare-mt"}
 
 

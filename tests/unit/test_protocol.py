@@ -17,7 +17,7 @@ from lingraft.metrics import Prediction, entropy
 from lingraft.protocols import PROTOCOLS
 from lingraft.report.results import results
 from lingraft.report.tables import average_tables, difference_table, markdown, notes, weight_table
-from lingraft.store import write_json
+from lingraft.store import Store, read_json, write_json
 from lingraft.tasks.projection import projected_examples, projected_labels, shortened
 from lingraft.tasks.table import TASKS
 from tests.unit.test_plan import BASE, LINES, planned
@@ -260,14 +260,14 @@ def test_a_method_of_fewer_seeds_is_compared_with_eng_ft_of_the_same(tmp_path: P
 
 def test_weights_chosen_without_labels_are_shown_by_language(tmp_path: Path):
     run = make_run(tmp_path)
-    from lingraft.store import read_json
-
     manifest = read_json(run / "manifest.json")
     for cell in [c for c in manifest["cells"] if c["method"] == "adamergex"]:
         manifest["cells"].append(cell | {"method": "adamergex:entropy"})
     for language, weight in (("sw", 0.5), ("vi", 1.25)):
-        write_json(run / f"store/{language}.json", {"weight": weight, "curve": [], "criterion": "entropy"})
-        manifest["selections"].append({"method": "adamergex:entropy", "language": language, "path": f"{language}.json"})
+        chosen = {"weight": weight, "curve": [], "criterion": "entropy"}
+        manifest["selections"].append(
+            {"method": "adamergex:entropy", "language": language, "path": _selected(run, chosen)}
+        )
     write_json(run / "manifest.json", manifest)
     found = results(run)
     assert weight_table(found)[1] == [["AdaMergeX, λ by entropy", "0.5", "1.25"]]
@@ -277,14 +277,23 @@ def test_weights_chosen_without_labels_are_shown_by_language(tmp_path: Path):
 
 def test_a_weight_that_was_given_was_not_chosen(tmp_path: Path):
     run = make_run(tmp_path)
-    write_json(run / "store/selected.json", {"weight": 0.7, "curve": []})
+    manifest = read_json(run / "manifest.json")
+    for entry in manifest["selections"]:
+        entry["path"] = _selected(run, {"weight": 0.7, "curve": []})
+    write_json(run / "manifest.json", manifest)
     assert "λ was given." in notes(results(run))
+
+
+def _selected(run: Path, chosen: dict[str, Any]) -> str:
+    """A choice of λ in a run's store, and its place there."""
+    key = digest_value(chosen, 24)
+    with Store(run / "store").making("select", key, {"kind": "select"}) as work:
+        write_json(work / "selected.json", chosen)
+    return f"select/{key}/selected.json"
 
 
 def test_a_run_of_another_version_is_refused(tmp_path: Path):
     run = make_run(tmp_path)
-    from lingraft.store import read_json
-
     write_json(run / "manifest.json", read_json(run / "manifest.json") | {"format": 1})
     with pytest.raises(UserError, match="another version") as caught:
         results(run)
