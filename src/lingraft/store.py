@@ -580,7 +580,9 @@ class Store:
     def _hidden(self) -> list[Path]:
         """What stands beside the steps: leases, working folders, and what was left of them."""
         kinds = [k for k in sorted(_names(self.root)) if re.fullmatch("[a-z]+", k) and k != DAMAGED]
-        own = re.compile(r"\.[0-9a-f]+\.(lock|lock\..+|([0-9a-f]+\.)?partial(\.taken|\.copy)?|[0-9a-f]+\.(fetching|gone))")
+        own = re.compile(
+            r"\.[0-9a-f]+\.(lock|lock\..+|([0-9a-f]+\.)?partial(\.taken|\.copy)?|[0-9a-f]+\.(fetching|gone))"
+        )
         return [self.root / k / n for k in kinds for n in sorted(_names(self.root / k)) if own.fullmatch(n)]
 
     def _check_there(self, path: Path) -> None:
