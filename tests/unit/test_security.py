@@ -624,7 +624,9 @@ def test_a_file_is_put_in_the_place_of_a_link(tmp_path: Path) -> None:
 FINDING = {"name": "x", "version": "1", "vulns": [{"id": "CVE-1", "fix_versions": ["2"]}]}
 CLEAN = {"name": "y", "version": "1", "vulns": []}
 UNKNOWN = {"name": "z", "skip_reason": "Dependency not found on PyPI and could not be audited: z (1)"}
-OFFLINE = "requests.exceptions.ConnectionError: HTTPSConnectionPool(host='pypi.org', port=443): Max retries exceeded"
+OFFLINE = (
+    "requests.exceptions.ConnectionError: HTTPSConnectionPool(host='index.example', port=443): Max retries exceeded"
+)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ The first process runs the schedule; the others do what it says. A step that loa
 folder of the store, which is the first one's; other steps are the first one's alone.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,29 +13,11 @@ from lingraft.costs.needs import LOADING
 from lingraft.errors import LingraftError
 from lingraft.plan import Step
 from lingraft.session import Session
-from lingraft.workers import Ended, Progress
-from lingraft.workers.local import carried_out, make
+from lingraft.workers.local import Local, carried_out
 
 
-class Launched:
-    """The first of a launcher's processes, which the others follow.
-
-    Args:
-        session: What the steps share; the base model is loaded in all processes.
-        progress: Told how far a step is.
-    """
-
-    def __init__(self, session: Session, progress: Progress) -> None:
-        self._session, self._progress = session, progress
-        self._ended: list[Ended] = []
-
-    def sort(self, step: Step) -> Hashable:
-        """All steps are alike here."""
-        return None
-
-    def room(self, step: Step) -> bool:
-        """One group at a time."""
-        return not self._ended
+class Launched(Local):
+    """The first of a launcher's processes, which the others follow; the base model is loaded in all of them."""
 
     def start(self, group: Sequence[Step]) -> None:
         """Makes the steps, together with the other processes, and comes back when they are made.
@@ -43,28 +25,18 @@ class Launched:
         Raises:
             LingraftError: A step that all processes make failed: the others cannot be asked how far they are.
         """
-        self._session.progress = lambda done, total, note: self._progress(group[0], done, total, note)
         together = group[0].kind in LOADING
-        began: list[Step] = []
+        begun: list[Step] = []
 
         def tell(steps: Sequence[Step]) -> None:
-            began.extend(steps)
+            begun.extend(steps)
             if together and steps:
                 processes.shared(lambda: list(steps))
 
-        self._ended = make(group, self._session, tell)
+        self._make(group, tell)
         for step, error in self._ended:
-            if together and error is not None and step in began:
+            if together and error is not None and step in begun:
                 raise error
-
-    def ended(self, seconds: float) -> list[Ended]:
-        """What was made last."""
-        ended, self._ended = self._ended, []
-        return ended
-
-    def stop(self) -> None:
-        """Takes what is on the base model off it."""
-        self._session.release()
 
 
 def meet(device: str) -> None:

@@ -10,6 +10,8 @@ from lingraft.plan import Step
 from lingraft.session import Session
 from lingraft.workers import Ended, Progress
 
+Begun = Callable[[Sequence[Step]], object]
+
 
 class Local:
     """This process.
@@ -33,8 +35,11 @@ class Local:
 
     def start(self, group: Sequence[Step]) -> None:
         """Makes the steps, and comes back when they are made."""
+        self._make(group)
+
+    def _make(self, group: Sequence[Step], begun: Begun = lambda steps: None) -> None:
         self._session.progress = lambda done, total, note: self._progress(group[0], done, total, note)
-        self._ended = make(group, self._session)
+        self._ended = make(group, self._session, begun)
 
     def ended(self, seconds: float) -> list[Ended]:
         """What was made last."""
@@ -46,9 +51,7 @@ class Local:
         self._session.release()
 
 
-def make(
-    group: Sequence[Step], session: Session, begun: Callable[[Sequence[Step]], object] = lambda steps: None
-) -> list[Ended]:
+def make(group: Sequence[Step], session: Session, begun: Begun = lambda steps: None) -> list[Ended]:
     """Makes a step, or trainings together: their folders appear in the store, unless there is an error.
 
     Args:
