@@ -67,11 +67,11 @@ def nothing(model: Path, place: Path, on: str, count: int, address: str | None) 
         workers = Cluster(session, store.location, address, steps, lambda *_: None, lambda text: None)
         # Actors are there before the clock runs: what is asked is the cost of a step.
         warm = [Step("select", {"weight": 1.0, "warm": n}, label=f"warm {n}") for n in range(4)]
+        left = len(warm)
         for step in warm:
             while not workers.room(step):
-                workers.ended(1.0)
+                left -= len(workers.ended(1.0))
             workers.start([step])
-        left = len(warm)
         while left:
             left -= len(workers.ended(1.0))
     began = time.perf_counter()
