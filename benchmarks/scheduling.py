@@ -9,14 +9,9 @@ Writes the page beside the result.
 """
 
 import argparse
-import os
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +77,7 @@ def nothing(model: Path, place: Path, on: str, count: int, address: str | None) 
     return seconds
 
 
-def trainings(model: Path, place: Path, address: str, count: int, epochs: float) -> dict[str, float]:
+def trainings(model: Path, place: Path, count: int, epochs: float) -> dict[str, float]:
     """Seconds of equal trainings on a cluster, from the first training step on, and in all."""
     from lingraft.locating import locate
     from lingraft.plan import make_plan
@@ -105,49 +100,11 @@ def trainings(model: Path, place: Path, address: str, count: int, epochs: float)
         place / "out",
         store=place / "store",
         on="ray",
-        address=address,
         only=keys,
         events=Events(progress=progress),
     )
     ended = time.perf_counter()
     return {"in_all": ended - began, "from_first_step": ended - (first[0] if first else began)}
-
-
-@contextmanager
-def cluster(cores: int) -> Iterator[str]:
-    """A Ray cluster of one machine with so many cores; gives its address."""
-    folder = tempfile.mkdtemp(prefix="lgr-")
-    port = 6400 + os.getpid() % 500
-    ray = str(Path(sys.executable).with_name("ray"))
-    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": folder}
-    command = [ray, "start", "--head", f"--port={port}", f"--num-cpus={cores}", "--include-dashboard=false", "--block"]
-    memory = f"--object-store-memory={100 << 20}"
-    process = subprocess.Popen(
-        [*command, memory, f"--temp-dir={folder}"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-        start_new_session=True,
-    )
-    address = f"127.0.0.1:{port}"
-    try:
-        end = time.monotonic() + 60
-        while True:
-            status = [ray, "health-check", "--address", address]
-            if subprocess.run(status, capture_output=True, env=environment).returncode == 0:
-                break
-            if time.monotonic() > end or process.poll() is not None:
-                raise SystemExit("Ray does not start here")
-            time.sleep(0.5)
-        yield address
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def once(question: str, options: argparse.Namespace, model: Path) -> dict[str, float]:
@@ -159,9 +116,11 @@ def once(question: str, options: argparse.Namespace, model: Path) -> dict[str, f
             return {"seconds": nothing(model, place, "local", count, None)}
         if question == "ray":
             return {"seconds": nothing(model, place, "ray", count, None)}
+        from lingraft.workers import cluster
+
         cores = {"one": 1, "two": 2}[question]
-        with cluster(cores) as address:
-            return trainings(model, place, address, 4, epochs)
+        cluster._cores = lambda: cores  # What a cluster that is started here has.
+        return trainings(model, place, 4, epochs)
 
 
 def page(found: dict[str, Any]) -> str:
