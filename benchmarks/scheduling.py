@@ -181,7 +181,7 @@ def page(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = common.arguments(__doc__, "scheduling.json", rounds=3)
-    parser.add_argument("--epochs", type=float, default=12, help="of each of the four trainings")
+    parser.add_argument("--epochs", type=float, default=1, help="of each of the four trainings")
     parser.add_argument("--questions", default="local,ray,one,two")
     parser.add_argument("--folder", type=Path, help="where the stores are: the disk that is synced to")
     parser.add_argument("--once", help=argparse.SUPPRESS)
