@@ -510,12 +510,24 @@ def inspect(folders: tuple[Path, ...], as_json: bool) -> Any:
     type=click.Choice(["paper"]),
     help="The AdaMergeX or FLARE paper's figures beside ours, where it has any.",
 )
+@click.option("--html", type=FOLDER, metavar="FILE", help="Write all of it as one page that needs no network, too.")
 @verb
-def report(run_dir: Path, beside: str | None, as_json: bool) -> Any:
-    """Show a run's results, and write them as Markdown, CSV and JSON into its folder."""
-    from lingraft.commands import experiments
+def report(run_dir: Path, beside: str | None, html: Path | None, as_json: bool) -> Any:
+    """Show a run's results, and write them as Markdown, CSV and JSON into its folder; with --html as a page to look at."""
+    from lingraft.commands import reporting
 
-    return experiments.show_report(run_dir, as_json, beside=beside)
+    return reporting.show_report(run_dir, as_json, beside=beside, html=html)
+
+
+@main.command()
+@click.argument("run_dir", metavar="RUN", type=FOLDER)
+@click.option("--once", is_flag=True, help="Say how it stands, and end.")
+@verb
+def watch(run_dir: Path, once: bool, as_json: bool) -> Any:
+    """Show a running experiment: its steps, the time left, the losses. Ctrl-C ends the watching, not the run."""
+    from lingraft.commands import following
+
+    return following.watch_run(run_dir, once, as_json)
 
 
 @main.group(cls=_Lines)
@@ -568,6 +580,31 @@ def store_gc(where: str, keep: tuple[Path, ...], dry_run: bool, as_json: bool) -
     from lingraft.commands import storing
 
     return storing.collect_garbage(where, keep, dry_run, as_json)
+
+
+@main.command()
+@click.argument("folder", metavar="ADAPTER", type=FOLDER)
+@click.argument("repository", metavar="OWNER/NAME")
+@click.option("--private/--public", default=True, show_default=True, help="Who sees a repository that is new.")
+@click.option("--revision", help="Branch to push to.  [default: main]")
+@click.option("--message", help="Of the commit.")
+@click.option("--dry-run", is_flag=True, help="Say what would be pushed, and what speaks against it; push nothing.")
+@verb
+def push(**options: Any) -> Any:
+    """Put an adapter on the Hugging Face hub, with its model card."""
+    from lingraft.commands import publishing
+
+    return publishing.push_adapter(**options)
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@verb
+def completion(shell: str, as_json: bool) -> Any:
+    """Print what makes SHELL complete verbs, options, tasks and languages; --help says where to put it."""
+    from lingraft.commands import completing
+
+    return completing.show_script(shell, as_json)
 
 
 @main.command()

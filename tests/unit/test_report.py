@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lingraft.commands.experiments import show_report
+from lingraft.commands.reporting import show_report
 from lingraft.digests import digest_value
 from lingraft.errors import StoreError, UserError
 from lingraft.metrics import Prediction

@@ -682,7 +682,7 @@ def test_an_error_has_no_control_characters(text: str) -> None:
 
 @pytest.mark.parametrize("change", [{"language": "x/../../../victim"}, {"seed": "/../../victim"}])
 def test_a_report_removes_and_writes_nothing_outside_of_the_run(tmp_path: Path, change: dict[str, Any]) -> None:
-    from lingraft.commands.experiments import _collect_adapters
+    from lingraft.commands.collecting import collect_adapters
 
     victim, source = tmp_path / "victim", tmp_path / "source"
     for folder in (victim, source, tmp_path / "run/adapters/adamergex-x", tmp_path / "run/adapters/adamergex-sw-seed"):
@@ -690,12 +690,12 @@ def test_a_report_removes_and_writes_nothing_outside_of_the_run(tmp_path: Path, 
     (victim / "mine").write_text("mine")
     entry = {"method": "adamergex", "language": "sw", "seed": 0, "path": str(source)} | change
     with pytest.raises(LingraftError):
-        _collect_adapters({"adapters": [entry], "seeds": [0, 1]}, tmp_path / "run/adapters")
+        collect_adapters({"adapters": [entry], "seeds": [0, 1]}, tmp_path / "run/adapters")
     assert [p.name for p in victim.iterdir()] == ["mine"]
 
 
 def test_a_report_does_not_write_through_links(tmp_path: Path) -> None:
-    from lingraft.commands.experiments import show_report
+    from lingraft.commands.reporting import show_report
 
     run = make_run(tmp_path / "run")
     (tmp_path / "precious").write_text("mine")

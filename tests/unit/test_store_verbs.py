@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from lingraft.cli import main
-from lingraft.commands.experiments import _collect_adapters
+from lingraft.commands.collecting import collect_adapters
 from lingraft.errors import StoreError
 from lingraft.leases import leased
 from lingraft.store import DAMAGED, RECORD, Store, verify, write_json
@@ -201,7 +201,7 @@ def test_a_reports_adapters_are_copied_once_whoever_else_copies_them(
         "seeds": [0],
         "adapters": [{"method": "adamergex", "language": "sw", "seed": 0, "path": str(source)}],
     }
-    _collect_adapters(found, target)
+    collect_adapters(found, target)
     copied = target / "adamergex-sw"
     assert verify(copied) is None
     # Another report of the same puts its copy there in the moment between.
@@ -214,11 +214,11 @@ def test_a_reports_adapters_are_copied_once_whoever_else_copies_them(
             shutil.copytree(source, copied)
 
     monkeypatch.setattr(shutil, "rmtree", gone)
-    _collect_adapters(found, target)
+    collect_adapters(found, target)
     monkeypatch.undo()
     assert verify(copied) is None
     assert [path.name for path in target.iterdir()] == ["adamergex-sw"]
     # What is no longer in the store is said, copied or not.
     really(source)
     with pytest.raises(StoreError, match="missing"):
-        _collect_adapters(found, target)
+        collect_adapters(found, target)

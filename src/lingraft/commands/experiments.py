@@ -1,8 +1,5 @@
-"""`lingraft run`, `quickstart` and `report`."""
+"""`lingraft run`, `quickstart` and `tune`."""
 
-import re
-import secrets
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lingraft import processes
+from lingraft.commands.reporting import show_report
 from lingraft.commands.watching import Watcher, duration, stderr
 from lingraft.config import Experiment, load_experiment
-from lingraft.digests import digest_bytes
-from lingraft.errors import StoreError, UserError, writing
+from lingraft.errors import writing
 from lingraft.languages import name_of
 
 if TYPE_CHECKING:
@@ -231,87 +228,3 @@ def _bytes(count: float) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count / 1e3:.1f} kB"
-
-
-def show_report(run_dir: Path, as_json: bool, fresh: bool = True, beside: str | None = None) -> dict[str, Any] | None:
-    """`lingraft report`: prints the results and writes them beside the manifest."""
-    from lingraft.replacing import write_text
-    from lingraft.report import paper
-    from lingraft.report.results import results
-    from lingraft.report.tables import csv_text, markdown
-    from lingraft.report.terminal import show
-    from lingraft.store import read_json, write_json
-
-    known = read_json(run_dir / "results.json") if not fresh and (run_dir / "results.json").is_file() else {}
-    if known and known.get("manifest") == digest_bytes(run_dir / "manifest.json"):
-        if as_json:
-            return known
-        stderr().print(f"results: lingraft report {run_dir}", markup=False, highlight=False)
-        return None
-    found = results(run_dir)
-    published = paper.beside(found) if beside else None
-    if published and not published[1]:
-        raise UserError(
-            "the paper has no figure for this task, backbone and structure",
-            where=run_dir,
-            remedy="leave --beside out; recipes/adamergex and recipes/flare list what the papers have",
-        )
-    with writing(run_dir):
-        write_json(run_dir / "results.json", found)
-        write_text(run_dir / "report.md", markdown(found, published))
-        write_text(run_dir / "results.csv", csv_text(found))
-        _collect_adapters(found, run_dir / "adapters")
-        drawn = _draw(found, run_dir)
-    if as_json:
-        return found
-    show(found, Console(), published)
-    names = ["report.md", "results.csv", "results.json", *drawn]
-    stderr().print(f"\nwritten to {run_dir}: {', '.join(names)}", markup=False, highlight=False)
-    if found["adapters"]:
-        stderr().print(f"adapters, as PEFT folders, in {run_dir / 'adapters'}", markup=False, highlight=False)
-    return None
-
-
-def _draw(found: dict[str, Any], run_dir: Path) -> list[str]:
-    import importlib.util
-
-    from lingraft.report.tables import labelled
-
-    if not labelled(found) or importlib.util.find_spec("matplotlib") is None:
-        return []
-    from lingraft.report.figures import draw_curves
-
-    draw_curves(found, run_dir / "lambda.svg")
-    return ["lambda.svg"]
-
-
-def _collect_adapters(found: dict[str, Any], target: Path) -> None:
-    """Copies the grafted adapters to where a user looks for them, each folder at once."""
-    from lingraft.store import RECORD, verify
-
-    for entry in found["adapters"]:
-        name = f"{entry['method'].replace(':', '-by-')}-{entry['language']}" + (
-            f"-seed{entry['seed']}" if len(found["seeds"]) > 1 else ""
-        )
-        # A run's folder may be somebody else's: what is removed and written below must be in it.
-        if not re.fullmatch(r"[A-Za-z][\w-]*", name, re.ASCII) or target.is_symlink():
-            raise UserError(f"an adapter of this run cannot be called {name!r}", where=target, remedy="run it again")
-        final, partial = target / name, target / f".{name}.{secrets.token_hex(4)}"
-        source = Path(entry["path"])
-        try:
-            if (final / RECORD).read_bytes() == (source / RECORD).read_bytes():
-                continue
-        except OSError:  # One of them is not there.
-            pass
-        if wrong := verify(source):
-            raise StoreError(wrong, where=source, remedy="give the `lingraft run` command again: it is made anew")
-        try:
-            shutil.copytree(source, partial)
-            shutil.rmtree(final, ignore_errors=True)
-            try:
-                partial.rename(final)
-            except OSError:
-                if not (final / RECORD).is_file():  # Else another run of the same was faster.
-                    raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
