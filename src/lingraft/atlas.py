@@ -1,0 +1,1 @@
+"""Divergences beside one another: cosines, layer by layer, and which languages belong together."""

@@ -1,0 +1,1 @@
+"""Model cards: what an adapter is, as its README.md on the hub."""

@@ -1,0 +1,1 @@
+"""How far a running experiment is, in a file that others may read."""
