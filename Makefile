@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 ROUNDS ?= 5
 
-.PHONY: help install quickstart quickstart-short test test-full audit check format bench bench-speed bench-page bench-rest clean
+.PHONY: help install quickstart quickstart-short test test-full audit check format docs docs-serve bench bench-speed bench-page bench-rest clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -49,6 +49,13 @@ format: $(VENV)/.dev  ## put the code in shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.dev  ## the documentation, as a site that needs no network: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo site/index.html
+
+docs-serve: $(VENV)/.dev  ## the same on http://127.0.0.1:8000, made anew when a page changes
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 bench: bench-speed bench-rest  ## measure all; DATA=folder of the data sets, ENCODER=folder of an encoder, ROUNDS=5, THREADS
 
 # One question a script, ours and the peer in turn; the page is made of their results. Peers get environments of their own in .bench.
@@ -75,4 +82,4 @@ bench-rest: $(VENV)/.dev
 	$(BIN)/python benchmarks/selection.py
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist site

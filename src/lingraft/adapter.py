@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lingraft.algebra import Site
+from lingraft.cards import Facts, origin, write_card
 from lingraft.digests import digest_file, digest_value
 from lingraft.errors import AdapterError
 from lingraft.layouts import LAYOUTS, layout_of
@@ -213,13 +214,20 @@ class Adapter:
                 yield rounded
             for name, value in rest.items():
                 if not finite(value):
-                    raise AdapterError("a value is NaN or infinite", where=name)
+                    raise AdapterError(
+                        "a value is NaN or infinite",
+                        where=name,
+                        remedy="train it again, with a lower learning rate, or merge with a smaller weight",
+                    )
                 yield value
 
         write_tensors(folder / WEIGHTS, announced, values())
-        write_json(folder / CONFIG, self.files.config_for(self.config, self.files.announced(self.layout, specs)))
+        config = self.files.config_for(self.config, self.files.announced(self.layout, specs))
+        write_json(folder / CONFIG, config)
         made = {"provenance": dict(provenance)} if provenance is not None else {}
-        write_json(folder / SIDECAR, {**self.sidecar, **made})
+        notes = {**self.sidecar, **made, **made_of(self.parts)}
+        write_json(folder / SIDECAR, notes)
+        write_card(folder, Facts(config, notes))
 
 
 def _wide(tensor: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -266,6 +274,15 @@ def _completed(adapter: Adapter, absent: Mapping[str, Adapter]) -> Adapter:
 
     layout = {**adapter.layout, **{site: absent[site].layout[site] for site in sorted(absent)}}
     return replace(adapter, layout=layout, read=read)
+
+
+def made_of(parts: Sequence[Adapter]) -> dict[str, Any]:
+    """What a merge notes of the adapters that it is made of; of those without digest that lie nowhere."""
+
+    def digest(part: Adapter) -> str | None:
+        return content_digest(part.path) if part.path is not None else None
+
+    return {"made_of": [origin(p.structure, p.sidecar, digest(p)) for p in parts]} if parts else {}
 
 
 def merged_sidecar(first: Adapter) -> dict[str, Any]:
@@ -325,7 +342,11 @@ def open_adapter(folder: Path) -> Adapter:
         if dtype in FLOATS:
             types.add(dtype)
         elif files.structure != "sparse":
-            raise AdapterError(f"tensor '{name}' holds {dtype}, not floats", where=folder)
+            raise AdapterError(
+                f"tensor '{name}' holds {dtype}, not floats",
+                where=folder,
+                remedy="save the adapter in float32, float16 or bfloat16",
+            )
 
     def other(name: str) -> Callable[[], np.ndarray[Any, Any]]:
         return lambda: tensors.read(name)

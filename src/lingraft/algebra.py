@@ -95,7 +95,9 @@ def transfer(family: Family, task: Site, target_ref: Site, source_ref: Site, wei
         AdapterError: The weight is negative or not finite, or the sites do not fit together.
     """
     if not 0 <= weight < float("inf"):
-        raise AdapterError(f"the weight λ must be a finite number of at least 0, not {weight}")
+        raise AdapterError(
+            f"the weight λ must be a finite number of at least 0, not {weight}", remedy="give a weight such as 0.5"
+        )
     if weight == 0:
         return task
     return family.apply(task, family.scale(family.difference(target_ref, source_ref), weight))

@@ -201,14 +201,20 @@ def peft_config(values: Mapping[str, Any]) -> Any:
     register()
     kind: Any = values["peft_type"]
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING or kind not in PEFT_TYPE_TO_TUNER_MAPPING:
-        raise AdapterError(f"an adapter of the type {kind} can be merged, but not yet put on a model")
+        raise AdapterError(
+            f"an adapter of the type {kind} can be merged, but not yet put on a model",
+            remedy="merge it, or convert it to LoRA, (IA)³, a prefix or a bottleneck",
+        )
     made: Any = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     known = {f.name for f in dataclasses.fields(made) if f.init} - {"peft_type"}
     # Lists are copied: PEFT adds to them.
     try:
         return made(**{k: list(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
     except (TypeError, ValueError, AttributeError) as error:
-        raise AdapterError(f"PEFT cannot read this adapter's configuration ({error})") from error
+        raise AdapterError(
+            f"PEFT cannot read this adapter's configuration ({error})",
+            remedy="save it with the installed peft, or install the version of peft that saved it",
+        ) from error
 
 
 def _readable(dtype: Any) -> Any:

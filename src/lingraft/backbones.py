@@ -123,7 +123,11 @@ class Backbone:
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=remote, local_files_only=True)
         except (ValueError, KeyError, OSError, ImportError) as error:
-            raise BackboneError(f"the model cannot be loaded: {error}", where=self.folder) from error
+            raise BackboneError(
+                f"the model cannot be loaded: {error}",
+                where=self.folder,
+                remedy="download the model again; if it is new, update transformers",
+            ) from error
         self.model: PreTrainedModel = model.eval().requires_grad_(False)
         if divided is not None:
             shard(model, self.device, divided)
@@ -159,7 +163,11 @@ class Backbone:
                     **options,
                 )
             except (ValueError, KeyError, OSError, ImportError) as error:
-                raise BackboneError(f"the model cannot be loaded: {error}", where=self.folder) from error
+                raise BackboneError(
+                    f"the model cannot be loaded: {error}",
+                    where=self.folder,
+                    remedy="download the model again; if it is new, update transformers",
+                ) from error
         wrong = (entry[0] for entry in found.get("mismatched_keys", ()))
         return model, frozenset([*found["missing_keys"], *wrong])
 
@@ -322,7 +330,11 @@ class Backbone:
             BackboneError: The checkpoint has no weights for a masked-language-modelling head, or its layout has no such head.
         """
         if self.kind != "encoder":
-            raise UserError(f"{type(self.model).__name__} is no encoder: it takes no head", where=self.located.name)
+            raise UserError(
+                f"{type(self.model).__name__} is no encoder: it takes no head",
+                where=self.located.name,
+                remedy="leave the head out, or choose an encoder such as xlm-roberta-base",
+            )
         if head not in self._headed:
             self._headed[head] = self._with_head(head) if head.trained else self._with_language_model()
         return self._headed[head]
@@ -401,7 +413,10 @@ class Backbone:
             return
         head = self.model.get_output_embeddings()
         if head is None or getattr(head, "bias", None) is not None:
-            raise BackboneError(f"the architecture {type(self.model).__name__} has no plain output embedding")
+            raise BackboneError(
+                f"the architecture {type(self.model).__name__} has no plain output embedding",
+                remedy="choose a decoder of a known layout: Llama, Gemma, Qwen or Mistral",
+            )
         ids = torch.tensor([[*self.prefix, 1, 2, 3]], device=self.device)
         with torch.no_grad():
             if self.kind == "decoder":
@@ -600,7 +615,11 @@ class Backbone:
 
         self.check_whole("a second stage on a merged first one")
         if adapter.structure != "lora":
-            raise AdapterError(f"{adapter.structure} cannot be merged into the weights", where=adapter.path)
+            raise AdapterError(
+                f"{adapter.structure} cannot be merged into the weights",
+                where=adapter.path,
+                remedy="evaluate with the adapter beside the model instead",
+            )
         self.check_belongs(adapter)
         kept: dict[str, torch.Tensor] = {}
         handles: list[Any] = []
@@ -654,7 +673,10 @@ class Backbone:
             inside = f"{model.base_model_prefix}."
             linear = [n for n in linear if n.startswith(inside) and not n.startswith(f"{inside}pooler.")]
         if not linear:
-            raise UserError(f"{type(model).__name__} has no linear layers to adapt")
+            raise UserError(
+                f"{type(model).__name__} has no linear layers to adapt",
+                remedy="choose another base model, or name its modules: adapter.modules",
+            )
         if self.kind != "decoder" and (chosen == "all" or list(chosen) == ["all"]):
             strange = [n for n in linear if roles.layer_of(n) is not None and not roles.plays_any(n)]
             linear = [n for n in linear if roles.plays_any(n)]

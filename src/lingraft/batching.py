@@ -91,7 +91,9 @@ def answer_sequences(backbone: "Backbone", examples: Sequence[Example], max_leng
         DataError: There is no example, or one is too long without its context.
     """
     if not examples:
-        raise DataError("there is nothing to train on")
+        raise DataError(
+            "there is nothing to train on", remedy="look at the data: every row was left out, or the text is empty"
+        )
     end = [backbone.tokenizer.eos_token_id] if backbone.tokenizer.eos_token_id is not None else []
     found = []
     for example in examples:

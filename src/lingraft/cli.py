@@ -1,32 +1,85 @@
 """The command line: verbs, their options, and exit codes. A verb's code is imported when the verb is used."""
 
 import functools
-import json
+import importlib
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
 
 from lingraft import __version__, processes
-from lingraft.errors import Interrupted, LingraftError, UserError
-from lingraft.escaping import in_json, printable
+from lingraft.commands import terminals
+from lingraft.errors import Interrupted, LingraftError, UserError, nearest
+from lingraft.escaping import printable
 
-EPILOG = "Exit codes: 0 done, 1 failed, 2 a mistake in the request."
+EPILOG = "Exit codes: 0 done, 1 failed or interrupted, 2 a mistake in the request. docs/command-line.md says more."
 FOLDER = click.Path(path_type=Path)
 
 
 class _Lines(click.Group):
-    """Verbs in the order of the work, not of the alphabet."""
+    """Verbs in the order of the work, not of the alphabet; a misspelt one is told the nearest."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        known = self.get_command(ctx, args[0])
+        near = nearest(args[0], self.commands)
+        if known is None and near and not args[0].startswith("-"):
+            raise click.UsageError(f"No such command '{args[0]}'. Did you mean '{near}'?", ctx)
+        return super().resolve_command(ctx, args)
+
+
+class _Root(_Lines):
+    """All of the command line: mistakes in it are JSON where JSON is asked for, and a reader may stop reading."""
+
+    def main(self, args: Sequence[str] | None = None, *others: Any, standalone_mode: bool = True, **more: Any) -> Any:
+        terminals.prepare()
+        given = list(sys.argv[1:] if args is None else args)
+        options = given[: given.index("--")] if "--" in given else given
+        try:
+            if not standalone_mode or "--json" not in options:
+                return super().main(args, *others, standalone_mode=standalone_mode, **more)
+            sys.exit(_asked_in_json(lambda: super(_Root, self).main(args, *others, standalone_mode=False, **more)))
+        except BrokenPipeError:
+            if not standalone_mode:
+                raise
+            terminals.stop_writing()
+            sys.exit(1)
+
+
+def _asked_in_json(run: Callable[[], Any]) -> int:
+    """Runs the command line; what click has to say against it is JSON."""
+    try:
+        code = run()
+    except click.ClickException as error:
+        ctx = getattr(error, "ctx", None)
+        path = ctx.command_path if ctx is not None else "lingraft"
+        known = UserError(error.format_message() or "nothing was asked for", remedy=f"see {path} --help")
+        click.echo(terminals.json_text(known.as_dict()))
+        return known.exit_code
+    return code if isinstance(code, int) else 0
+
+
+def _values(name: str) -> Callable[[click.Context, click.Parameter, str], Any]:
+    """Completes a value; the module that knows how is imported by a shell that asks."""
+
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> Any:
+        return getattr(importlib.import_module("lingraft.commands.completing"), name)(ctx, param, incomplete)
+
+    return complete
+
 
 @click.group(
-    cls=_Lines,
+    cls=_Root,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog=EPILOG,
 )
@@ -62,11 +115,12 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
     def wrapped(as_json: bool, debug: bool, **options: Any) -> None:
         try:
             _messages()
+            _heed_sigterm()
             if function.__name__ not in _LAUNCHED:
                 _check_alone(function.__name__)
             result = function(as_json=as_json, **options)
             if as_json and result is not None:
-                click.echo(in_json(result, 2))
+                click.echo(terminals.json_text(result, 2))
         except LingraftError as error:
             _fail(error, as_json, debug)
         except KeyboardInterrupt:
@@ -75,7 +129,7 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
                 as_json,
                 debug,
             )
-        except click.ClickException:
+        except (click.ClickException, BrokenPipeError):
             raise
         except Exception as error:  # noqa: BLE001 - a bug: said in one line, the traceback kept for --debug
             known = LingraftError(
@@ -88,9 +142,29 @@ def verb(function: Callable[..., Any]) -> Callable[..., None]:
     return wrapped
 
 
+def _heed_sigterm() -> None:
+    """A polite end (SIGTERM) is one like Ctrl-C: it is said what was interrupted, and exit code 1."""
+
+    def end(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # A second one ends it at once.
+        raise KeyboardInterrupt
+
+    alone = threading.current_thread() is threading.main_thread() and processes.world() == 1
+    if alone and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        with suppress(ValueError, OSError):
+            signal.signal(signal.SIGTERM, end)
+
+
 def _messages() -> None:
     import logging
     import warnings
+
+    class Shown(logging.Handler):
+        """Writes where standard error is now: above what is drawn, while something is."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            with suppress(OSError, ValueError):
+                click.echo(printable(record.getMessage()), err=True)
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         if category.__module__.startswith("lingraft"):
@@ -99,7 +173,7 @@ def _messages() -> None:
     warnings.showwarning = show
     log = logging.getLogger("lingraft")
     if not log.handlers:
-        log.addHandler(logging.StreamHandler())
+        log.addHandler(Shown())
         log.setLevel(logging.INFO)
 
 
@@ -107,7 +181,7 @@ def _fail(error: LingraftError, as_json: bool, debug: bool) -> None:
     if debug:
         traceback.print_exception(error)
     if as_json:
-        click.echo(in_json(error.as_dict()))
+        click.echo(terminals.json_text(error.as_dict()))
     else:
         click.echo(f"error: {error}", err=True)
     sys.exit(error.exit_code)
@@ -163,8 +237,8 @@ def quickstart(
 
 
 @main.command()
-@click.argument("experiment", type=FOLDER)
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("experiment", type=FOLDER, shell_complete=_values("experiments"))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=_values("overrides"))
 @click.option("--data-dir", help="Upstream files of the data sets; 'bundled' for lingraft's own.")
 @click.option("--out", type=FOLDER, help="Folder of the results.  [default: runs/<name>]")
 @click.option(
@@ -253,8 +327,8 @@ def run(
 
 
 @main.command()
-@click.argument("experiment", type=FOLDER)
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("experiment", type=FOLDER, shell_complete=_values("experiments"))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=_values("overrides"))
 @click.option("--data-dir", help="Upstream files of the data sets; 'bundled' for lingraft's own.")
 @click.option("--store", help="Folder of finished steps, shared with runs, or a URL.  [default: runs/store]")
 @verb
@@ -287,14 +361,18 @@ def _model_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--prompt",
             default="default",
             show_default=True,
+            shell_complete=_values("prompts"),
             help="The task's wording: default, paper, xlt, xlt-adamergex.",
         ),
         click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
         click.option("--revision", help="Commit of a hub model."),
-        click.option("--language", required=True, help="Language code, such as sw."),
+        click.option(
+            "--language", required=True, shell_complete=_values("languages"), help="Language code, such as sw."
+        ),
         click.option(
             "--task",
             required=True,
+            shell_complete=_values("tasks"),
             help="A task (lingraft tasks), or plain text: clm, mlm, prefix-lm, span-corruption.",
         ),
         click.option("--model", required=True, help="'demo', a folder, a .gguf file, or a hub id."),
@@ -318,6 +396,7 @@ def _source_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--source-language",
+            shell_complete=_values("languages"),
             help="Of two languages: that of the items' counterparts, paired by id.  [default: the adapter's own, or en]",
         ),
     ):
@@ -336,16 +415,20 @@ def _source_options(function: Callable[..., Any]) -> Callable[..., Any]:
     help="The adapter's structure; adapter.… values set the rest.",
 )
 @click.option("--seed", default=0, show_default=True)
-@click.option("--start-from", type=FOLDER, help="An adapter to go on from.")
+@click.option("--start-from", type=FOLDER, shell_complete=_values("adapters"), help="An adapter to go on from.")
 @click.option(
     "--beneath",
     type=FOLDER,
+    shell_complete=_values("adapters"),
     multiple=True,
     help="An adapter that stays on the base, frozen, while this one is trained on top of it: a language adapter (MAD-X) or a "
     "sparse difference (LF-SFT). Repeated: the lowest first.",
 )
 @click.option(
-    "--first-stage", type=FOLDER, help="A LoRA, on top of which a second stage is trained that reads two languages."
+    "--first-stage",
+    type=FOLDER,
+    shell_complete=_values("adapters"),
+    help="A LoRA, on top of which a second stage is trained that reads two languages.",
 )
 @click.option(
     "--second",
@@ -375,6 +458,7 @@ def train(**options: Any) -> Any:
 @click.option(
     "--adapter",
     type=FOLDER,
+    shell_complete=_values("adapters"),
     multiple=True,
     help="Folder of an adapter; repeated: a stack, the lowest first (language adapter, then task adapter). Absent: the base model "
     "alone.",
@@ -410,8 +494,20 @@ def evaluate(**options: Any) -> Any:
 
 
 @main.command()
-@click.option("--target-ref", type=FOLDER, required=True, help="Reference adapter of the target language.")
-@click.option("--source-ref", type=FOLDER, required=True, help="Reference adapter of the source language.")
+@click.option(
+    "--target-ref",
+    type=FOLDER,
+    shell_complete=_values("adapters"),
+    required=True,
+    help="Reference adapter of the target language.",
+)
+@click.option(
+    "--source-ref",
+    type=FOLDER,
+    shell_complete=_values("adapters"),
+    required=True,
+    help="Reference adapter of the source language.",
+)
 @click.option("--out", type=FOLDER, required=True)
 @verb
 def divergence(target_ref: Path, source_ref: Path, out: Path, as_json: bool) -> Any:
@@ -422,11 +518,21 @@ def divergence(target_ref: Path, source_ref: Path, out: Path, as_json: bool) -> 
 
 
 @main.command()
-@click.argument("adapters", nargs=-1, metavar="[ADAPTER=WEIGHT]...")
-@click.option("--task", type=FOLDER, help="The task's adapter.")
-@click.option("--target-ref", type=FOLDER, help="Reference adapter of the target language.")
-@click.option("--source-ref", type=FOLDER, help="Reference adapter of the source language.")
-@click.option("--divergence", "divergence_dir", type=FOLDER, help="A saved divergence, instead of the two references.")
+@click.argument("adapters", nargs=-1, metavar="[ADAPTER=WEIGHT]...", shell_complete=_values("adapters"))
+@click.option("--task", type=FOLDER, shell_complete=_values("adapters"), help="The task's adapter.")
+@click.option(
+    "--target-ref", type=FOLDER, shell_complete=_values("adapters"), help="Reference adapter of the target language."
+)
+@click.option(
+    "--source-ref", type=FOLDER, shell_complete=_values("adapters"), help="Reference adapter of the source language."
+)
+@click.option(
+    "--divergence",
+    "divergence_dir",
+    type=FOLDER,
+    shell_complete=_values("adapters"),
+    help="A saved divergence, instead of the two references.",
+)
 @click.option("--weight", type=float, help="λ: how much of the divergence is added.")
 @click.option(
     "--weight-of",
@@ -492,19 +598,17 @@ def convert(difference: Path, out: Path, model: str | None, task_type: str | Non
 
 
 @main.command()
-@click.argument("folders", nargs=-1, type=FOLDER, required=True)
+@click.argument("folders", nargs=-1, type=FOLDER, required=True, shell_complete=_values("adapters"))
 @verb
 def inspect(folders: tuple[Path, ...], as_json: bool) -> Any:
-    """Show an adapter or divergence; of two adapters, how alike they are, by layer."""
+    """Show an adapter or divergence; of two adapters how alike they are, by layer; of more each with each."""
     from lingraft.commands import adapters
 
-    if len(folders) > 2:
-        raise UserError("inspect takes one folder or two")
     return adapters.inspect_folders(folders, as_json)
 
 
 @main.command()
-@click.argument("run_dir", metavar="RUN", type=FOLDER)
+@click.argument("run_dir", metavar="RUN", type=FOLDER, shell_complete=_values("runs"))
 @click.option(
     "--beside",
     type=click.Choice(["paper"]),
@@ -520,11 +624,15 @@ def report(run_dir: Path, beside: str | None, html: Path | None, as_json: bool) 
 
 
 @main.command()
-@click.argument("run_dir", metavar="RUN", type=FOLDER)
+@click.argument("run_dir", metavar="RUN", type=FOLDER, shell_complete=_values("runs"))
 @click.option("--once", is_flag=True, help="Say how it stands, and end.")
 @verb
 def watch(run_dir: Path, once: bool, as_json: bool) -> Any:
-    """Show a running experiment: its steps, the time left, the losses. Ctrl-C ends the watching, not the run."""
+    """Show a running experiment: its steps, the time left, the losses. Ctrl-C ends the watching, not the run.
+
+    RUN is the --out folder of `lingraft run`, of one process or of several. --json says how it stands, once.
+    Exit code 1 where the run has failed, was interrupted or was killed.
+    """
     from lingraft.commands import following
 
     return following.watch_run(run_dir, once, as_json)
@@ -559,7 +667,7 @@ def store_verify(where: str, repair: bool, as_json: bool) -> Any:
 
     found, well = storing.verify_store(where, repair, as_json)
     if as_json:
-        click.echo(in_json(found, 2))
+        click.echo(terminals.json_text(found, 2))
     if not well:
         sys.exit(1)
 
@@ -569,6 +677,7 @@ def store_verify(where: str, repair: bool, as_json: bool) -> Any:
 @click.option(
     "--keep",
     type=FOLDER,
+    shell_complete=_values("runs"),
     multiple=True,
     metavar="RUN",
     help="A run's folder; repeated. Finished steps that none of these runs needs are removed, too. Without it no finished step is.",
@@ -583,7 +692,7 @@ def store_gc(where: str, keep: tuple[Path, ...], dry_run: bool, as_json: bool) -
 
 
 @main.command()
-@click.argument("folder", metavar="ADAPTER", type=FOLDER)
+@click.argument("folder", metavar="ADAPTER", type=FOLDER, shell_complete=_values("adapters"))
 @click.argument("repository", metavar="OWNER/NAME")
 @click.option("--private/--public", default=True, show_default=True, help="Who sees a repository that is new.")
 @click.option("--revision", help="Branch to push to.  [default: main]")
@@ -601,7 +710,15 @@ def push(**options: Any) -> Any:
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @verb
 def completion(shell: str, as_json: bool) -> Any:
-    """Print what makes SHELL complete verbs, options, tasks and languages; --help says where to put it."""
+    """Print what makes SHELL complete verbs, options, and values such as tasks, languages, adapters and runs.
+
+    \b
+    bash:  lingraft completion bash > ~/.local/share/bash-completion/completions/lingraft
+    zsh:   lingraft completion zsh > ~/.zfunc/_lingraft      (~/.zshrc: fpath+=~/.zfunc; autoload -U compinit; compinit)
+    fish:  lingraft completion fish > ~/.config/fish/completions/lingraft.fish
+
+    Make the folder first, and start the shell anew.
+    """
     from lingraft.commands import completing
 
     return completing.show_script(shell, as_json)
@@ -631,7 +748,7 @@ def schema(as_json: bool) -> Any:
     """Print the JSON schema of an experiment."""
     from lingraft.config import Experiment
 
-    click.echo(json.dumps(Experiment.model_json_schema(), indent=2))
+    click.echo(terminals.json_text(Experiment.model_json_schema(), 2))
 
 
 if __name__ == "__main__":

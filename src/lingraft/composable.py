@@ -229,12 +229,21 @@ def to_adapter(difference: Difference, model: str | None = None, task_type: str 
         raise AdapterError("no parameter differs in any entry", remedy="give the difference of a training")
     names = [*diffs, *difference.head]
     if strange := [name for name in names if not name.endswith((".weight", ".bias"))]:
-        raise AdapterError(f"parameters that are no module's weight or bias: {', '.join(sorted(strange))}")
+        raise AdapterError(
+            f"parameters that are no module's weight or bias: {', '.join(sorted(strange))}",
+            remedy="give a difference of weights and biases alone: others cannot be put on a model",
+        )
     if scalars := [name for name, diff in diffs.items() if not diff.shape]:
-        raise AdapterError(f"parameters without a shape: {', '.join(sorted(scalars))}")
+        raise AdapterError(
+            f"parameters without a shape: {', '.join(sorted(scalars))}",
+            remedy="leave these parameters out of the difference",
+        )
     sites = {_site(name): diff for name, diff in sorted(diffs.items())}
     if len(sites) < len(diffs):
-        raise AdapterError("two parameters stand for one place: a module is named 'bias'")
+        raise AdapterError(
+            "two parameters stand for one place: a module is named 'bias'",
+            remedy="rename the module in the model that the difference is of",
+        )
     modules = sorted({name.rpartition(".")[0] for name in diffs})
     tops, saved = ({name.partition(".")[0] for name in table} for table in (diffs, difference.head))
     if shared := sorted(tops & saved):

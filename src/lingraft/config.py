@@ -729,13 +729,25 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     except FileNotFoundError:
         raise ConfigError("there is no such experiment", where=path, remedy="check the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the experiment cannot be read: {error}", where=path) from None
+        raise ConfigError(
+            f"the experiment cannot be read: {error}",
+            where=path,
+            remedy="make it a text file in UTF-8 that you may read",
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else path
-        raise ConfigError(f"this is not YAML: {getattr(error, 'problem', error)}", where=where) from None
+        raise ConfigError(
+            f"this is not YAML: {getattr(error, 'problem', error)}",
+            where=where,
+            remedy="correct the line: blanks, brackets and colons are the usual causes",
+        ) from None
     if not isinstance(tree, dict):
-        raise ConfigError("an experiment is a mapping of keys to values", where=path)
+        raise ConfigError(
+            "an experiment is a mapping of keys to values",
+            where=path,
+            remedy="write `key: value` lines, as in docs/experiments.md",
+        )
     for part in (tree, tree.get("reference")):
         data_dir = part.get("data_dir") if isinstance(part, dict) else None
         if isinstance(part, dict) and isinstance(data_dir, str) and data_dir != "bundled":
@@ -776,7 +788,11 @@ def validated(model: type[ConfigType], tree: dict[str, Any], where: str | Path |
             else:
                 message = problem["msg"].removeprefix("Value error, ")
                 lines.append(f"{place}: {message}" if place else message)
-        raise ConfigError("; ".join(lines), where=where, remedy=" ".join(dict.fromkeys(remedies)) or None) from None
+        remedy = " ".join(dict.fromkeys(remedies)) or _SEE
+        raise ConfigError("; ".join(lines), where=where, remedy=remedy) from None
+
+
+_SEE = "see docs/experiments.md; lingraft schema prints every key with the values that it takes"
 
 
 def _known_keys(model: Any, loc: Sequence[Any]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lingraft import roles
+from lingraft import __version__, roles
 from lingraft.adapter import (
     PARTS,
     Adapter,
@@ -18,6 +18,7 @@ from lingraft.adapter import (
     common,
     completed,
     is_divergence,
+    made_of,
     merged_sidecar,
     open_adapter,
     part_of,
@@ -25,6 +26,7 @@ from lingraft.adapter import (
     retargeted,
 )
 from lingraft.algebra import Family, Site, transfer
+from lingraft.cards import Facts, write_card
 from lingraft.errors import AdapterError
 from lingraft.families import FAMILIES, family, own_space
 from lingraft.families.lora import compress, unstack
@@ -90,13 +92,22 @@ class Divergence:
         if exact:  # Where neither reference has a site, nothing is added: it stays as it is.
             known = {*self.target_ref.layout, *self.source_ref.layout}
             weights = {m: w for m, w in weights.items() if m in known}
+        made = {
+            "how": "cross" if space == "cross" else "transfer",
+            "weight": self.weight,
+            "space": rule.name.partition("/")[2],
+            "modules": modules if isinstance(modules, str) else list(modules),
+            "rules": [list(one) for one in rules],
+            "out_rank": out_rank,
+            "lingraft": __version__,
+        }
         if not weights:
-            return task
+            return _noted(task, made, tuple(named.values()))
         warn_of_lost_heads(named)
         if not exact:
             warn_of_unlike_starts(named)
         task, target, source = whole.values()
-        return _transferred(rule, task, target, source, weights, out_rank)
+        return _noted(_transferred(rule, task, target, source, weights, out_rank), made, tuple(named.values()))
 
     def save(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> Path:
         """Writes the divergence as a folder that appears when it is complete.
@@ -117,8 +128,15 @@ class Divergence:
                 for name, part in zip(PARTS, (self.target_ref, self.source_ref), strict=True):
                     (work / name).mkdir(exist_ok=True)
                     part.write(work / name)
-                sidecar = {**merged_sidecar(self.target_ref), "kind": "divergence", "init_sha256": self._init_hash()}
-                write_json(work / SIDECAR, {**sidecar, "provenance": dict(provenance or {})})
+                notes = {
+                    **merged_sidecar(self.target_ref),
+                    "kind": "divergence",
+                    "init_sha256": self._init_hash(),
+                    "provenance": dict(provenance or {}),
+                    **made_of((self.target_ref, self.source_ref)),
+                }
+                write_json(work / SIDECAR, notes)
+                write_card(work, Facts(None, notes))
         return Path(path)
 
     def as_adapter(self) -> Adapter:
@@ -165,7 +183,7 @@ class Divergence:
         config = {**target.config, "modules_to_save": None}  # heads have no divergence
         if set(layout) != set(target.layout):
             config = retargeted(config, layout)
-        return Adapter("lora", config, layout, dtype, sidecar, read)
+        return Adapter("lora", config, layout, dtype, sidecar, read, parts=(target, source))
 
     def _init_hash(self) -> Any:
         """The hash of the initial weights, where both references started from the same."""
@@ -200,7 +218,7 @@ class Divergence:
                 rank = (ranks[module], rank_of(site) - ranks[module])[index]
                 if rank:
                     layout[module] = lora_place(*weight_shape(site), rank, site.scaling)
-            sidecar = {**stacked.sidecar, "kind": "adapter"}
+            sidecar = {**stacked.sidecar, "kind": "adapter", **_known_of(stacked, index)}
             return replace(
                 stacked,
                 layout=layout,
@@ -209,6 +227,18 @@ class Divergence:
             )
 
         return cls(part(0), part(1))
+
+
+def _noted(adapter: Adapter, made: Mapping[str, Any], parts: tuple[Adapter, ...]) -> Adapter:
+    """An adapter that knows what it is made of, however it is saved."""
+    return replace(adapter, sidecar={**adapter.sidecar, "provenance": dict(made)}, parts=parts)
+
+
+def _known_of(stacked: Adapter, index: int) -> dict[str, Any]:
+    """Where a part of a stacked divergence comes from: not what the divergence notes of itself."""
+    made = stacked.sidecar.get("made_of")
+    known = made[index] if isinstance(made, list) and len(made) == len(PARTS) else None
+    return {"provenance": known, "made_of": None} if isinstance(known, dict) else {}
 
 
 def check_rank(out_rank: int | None, exact: bool, *, can: bool) -> None:

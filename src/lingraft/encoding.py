@@ -112,7 +112,9 @@ def _backend(backbone: Backbone) -> Any:
     found = getattr(backbone.tokenizer, "backend_tokenizer", None)
     if found is None or not hasattr(found, "post_process"):
         raise BackboneError(
-            "this encoder's tokenizer does not say where tokens stand in a text", where=backbone.located.name
+            "this encoder's tokenizer does not say where tokens stand in a text",
+            where=backbone.located.name,
+            remedy="choose a model with a fast tokenizer (tokenizer.json)",
         )
     found.no_truncation()
     found.no_padding()
@@ -215,7 +217,9 @@ def _item(backbone: Backbone, example: Example, head: Head, max_length: int, win
     """
     if head.kind == "classification" and len(example.candidates) != head.labels:
         raise DataError(
-            f"a head of {head.labels} labels cannot answer an item of {len(example.candidates)}", where=example.id
+            f"a head of {head.labels} labels cannot answer an item of {len(example.candidates)}",
+            where=example.id,
+            remedy="train a head on this task: its labels are others",
         )
     rows = _texts(backbone, example, head, max_length, windows)
     if example.source is None:
@@ -238,7 +242,11 @@ def _read_in(example: Example, rows: Sequence[Row], head: Head) -> list[str]:
 def _texts(backbone: Backbone, example: Example, head: Head, max_length: int, windows: bool) -> list[Row]:
     if head.kind == "multiple_choice":
         if len(example.options) < 2:
-            raise DataError("this item has no options to choose from", where=example.id)
+            raise DataError(
+                "this item has no options to choose from",
+                where=example.id,
+                remedy="correct the row, or choose a task of another kind",
+            )
         first = " ".join(example.parts)
         return [_rows(backbone, first, option, max_length, keep_last=True)[0] for option in example.options]
     first, last = _two(example.parts, example.id)
@@ -273,7 +281,9 @@ def labelled_sequences(backbone: Backbone, examples: Sequence[Example], head: He
         UserError: The head is not for labels.
     """
     if not examples:
-        raise DataError("there is nothing to train on")
+        raise DataError(
+            "there is nothing to train on", remedy="look at the data: every row was left out, or there is none"
+        )
     if head.kind == "masked_lm":
         raise UserError("masked language modelling has no labels", remedy="use masked_sequences")
     found: list[LabelledSequence] = []
@@ -284,7 +294,11 @@ def labelled_sequences(backbone: Backbone, examples: Sequence[Example], head: He
         if head.kind == "span":
             span = _answer(example)
             if span is None:
-                raise DataError("this item does not say where its answer stands", where=example.id)
+                raise DataError(
+                    "this item does not say where its answer stands",
+                    where=example.id,
+                    remedy="give the place of the answer in the context, or leave the row out",
+                )
             places = [(row, place) for row in rows if (place := _tokens_of(row, span))]
             if not places:
                 left_out.append(example.id)
@@ -311,7 +325,11 @@ def masked_sequences(backbone: Backbone, segments: Sequence[Sequence[int]]) -> l
         )
     tokenizer = backbone.tokenizer
     if tokenizer.mask_token_id is None:
-        raise BackboneError("this encoder's tokenizer has no mask token", where=backbone.located.name)
+        raise BackboneError(
+            "this encoder's tokenizer has no mask token",
+            where=backbone.located.name,
+            remedy="choose an encoder that was trained as a masked language model, or a labelled reference task",
+        )
     bare = _backend(backbone).encode("", add_special_tokens=True).ids
     before, behind = bare[: len(bare) - len(bare) // 2], bare[len(bare) - len(bare) // 2 :]
     room = (backbone.longest or max(map(len, segments)) + len(bare)) - len(bare)
@@ -567,7 +585,10 @@ def predict_choice(
         DataError: There is no example, or one has not what the head needs.
     """
     if not examples:
-        raise DataError("there is nothing to evaluate")
+        raise DataError(
+            "there is nothing to evaluate",
+            remedy="look at the data of this split: every row was left out, or there is none",
+        )
     head = _head(adapter, ("classification", "multiple_choice"))
     items = [_item(backbone, e, head, max_length, False) for e in examples]
     logits = _read_all(backbone, adapter, head, items, batch_tokens, progress)
@@ -611,7 +632,10 @@ def predict_span(
         DataError: There is no example, or one has no text.
     """
     if not examples:
-        raise DataError("there is nothing to evaluate")
+        raise DataError(
+            "there is nothing to evaluate",
+            remedy="look at the data of this split: every row was left out, or there is none",
+        )
     head = _head(adapter, ("span",))
     items = [_item(backbone, e, head, max_length, True) for e in examples]
     logits = _read_all(backbone, adapter, head, items, batch_tokens, progress)

@@ -129,10 +129,13 @@ def suggestion(name: str, known: Iterable[str]) -> str:
         A phrase such as "did you mean 'targets'?" for use as a remedy.
     """
     options = [str(k) for k in known]
-    near = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
-    if near:
-        return f"did you mean '{near[0]}'?"
-    return "use one of: " + ", ".join(options)
+    near = nearest(name, options)
+    return f"did you mean '{near}'?" if near else "use one of: " + ", ".join(options)
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The word that was probably meant; None: nothing is near."""
+    return next(iter(difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.6)), None)
 
 
 @contextmanager

@@ -66,7 +66,10 @@ class Questions:
 
     def __init__(self, backbone: Backbone, examples: Sequence[Example], asking: Asking | None = None) -> None:
         if not examples:
-            raise DataError("there is nothing to evaluate")
+            raise DataError(
+                "there is nothing to evaluate",
+                remedy="look at the data of this split: every row was left out, or there is none",
+            )
         self.backbone, self.examples, self.asking = backbone, examples, asking or Asking()
 
     @property

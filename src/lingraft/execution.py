@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lingraft import __version__
 from lingraft.adapter import Adapter
 from lingraft.answers.scoring import Rule, score_generated
+from lingraft.cards import hub_datasets
 from lingraft.config import AdapterConfig, FusionConfig, MixupConfig, ProjectionConfig, TrainingConfig
 from lingraft.digests import digest_value
 from lingraft.errors import AdapterError, LingraftError, writing
@@ -148,8 +149,8 @@ def _summed(session: Session) -> Callable[[int], Callable[[int, int, float], Non
         def progress(done: int, total: int, loss: float) -> None:
             known[number] = done, total, loss
             dones, totals, losses = zip(*known.values(), strict=True)
-            note = f"loss {sum(losses) / len(losses):.3f}, {len(losses)} together"
-            session.progress(sum(dones), sum(totals), note)
+            mean = sum(losses) / len(losses)
+            session.progress(sum(dones), sum(totals), f"loss {mean:.3f}, {len(losses)} together", mean)
 
         return progress
 
@@ -174,16 +175,24 @@ def _job(
         _head(config),
         config["seed"],
         None if start is None else session.folder(start),
-        {"language": config["language"], **what, "training": values.key(), "step": step.key},
+        {"language": config["language"], **what, **_datasets(step), "training": values.key(), "step": step.key},
         progress,
     )
     return job, {k: what[k] for k in ("truncated", "left_out", "without_counterpart") if what.get(k)}
 
 
+def _datasets(step: Step) -> dict[str, Any]:
+    found = hub_datasets([digest for name, digest in step.reads.items() if name != "backbone"])
+    return {"datasets": found} if found else {}
+
+
 def _train(step: Step, session: Session, work: Path) -> dict[str, Any]:
     from lingraft import training
 
-    job, counts = _job(step, session, work, lambda done, total, loss: session.progress(done, total, f"loss {loss:.3f}"))
+    def told(done: int, total: int, loss: float) -> None:
+        session.progress(done, total, f"loss {loss:.3f}", loss)
+
+    job, counts = _job(step, session, work, told)
     return (
         training.train_one(
             session.backbone,

@@ -40,7 +40,10 @@ class Head:
 
     def __post_init__(self) -> None:
         if (self.kind == "classification") != (self.labels > 0):
-            raise UserError(f"a head for {self.kind} cannot have {self.labels} labels")
+            raise UserError(
+                f"a head for {self.kind} cannot have {self.labels} labels",
+                remedy="give a task of choice two labels or more",
+            )
 
     @property
     def trained(self) -> bool:

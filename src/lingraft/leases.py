@@ -39,7 +39,11 @@ def patience() -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < 1e9:
-        raise UserError("LINGRAFT_LEASE_SECONDS must be a number above 0", where=said)
+        raise UserError(
+            "LINGRAFT_LEASE_SECONDS must be a number above 0",
+            where=said,
+            remedy="set LINGRAFT_LEASE_SECONDS=60, or unset it",
+        )
     return value
 
 

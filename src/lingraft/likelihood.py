@@ -102,7 +102,10 @@ def gold_queries(backbone: Backbone, examples: Sequence[Example], max_length: in
         shared = shared_start([prompt, whole])
         made = _whole(backbone, prefix, prompt, example, whole, shared, max_length, example.completion)
         if not made.asked:
-            raise DataError(f"item {example.id} has no right answer to read")
+            raise DataError(
+                f"item {example.id} has no right answer to read",
+                remedy="add the answer to the item's row, or leave the row out",
+            )
         found.append([replace(made, source=counterpart(backbone, example, max_length))])
     return found
 
@@ -445,7 +448,7 @@ def text_log_likelihood(
     rows = [(*prefix, *ids)[:max_length] for ids in _encoded(backbone, texts)] if texts else []
     rows = sorted((row for row in rows if len(row) > 1), key=len, reverse=True)
     if not rows:
-        raise DataError("there is no text to read")
+        raise DataError("there is no text to read", remedy="look at the reference text: it has no lines")
     weight = backbone.model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
     loss, tokens = 0.0, 0
     for start in range(0, len(rows), batch):

@@ -59,7 +59,10 @@ class LiveGraft:
         start, slope = line(graft, task, divergence)
         if set(parameters) != set(start):
             strange = sorted(set(parameters) ^ set(start))
-            raise AdapterError(f"the model's adapter has other tensors: {len(strange)}, first {strange[0]}")
+            raise AdapterError(
+                f"the model's adapter has other tensors: {len(strange)}, first {strange[0]}",
+                remedy="merge adapters of one structure and size, trained on the same base model",
+            )
         self._blocks: list[_Block] = []
         self._convex = graft.method.startswith("arimerge")
         kinds = {(p.device, p.dtype) for p in parameters.values()}
@@ -85,7 +88,9 @@ class LiveGraft:
             AdapterError: The weight is negative or not finite.
         """
         if not 0 <= weight < float("inf"):
-            raise AdapterError(f"the weight λ must be a finite number of at least 0, not {weight}")
+            raise AdapterError(
+                f"the weight λ must be a finite number of at least 0, not {weight}", remedy="give a weight such as 0.5"
+            )
         if weight > 1 and self._convex:
             raise AdapterError(
                 "AriMerge's weight λ is from 0 to 1", remedy="1 is the task itself, 0 the references alone"
@@ -123,7 +128,10 @@ def line(graft: Graft, task: Adapter, divergence: Divergence) -> tuple[Arrays, A
         begin = zero.get(name)
         if begin is None or begin.shape != end.shape:
             if task.structure != "lora":
-                raise AdapterError(f"{name} has another shape at λ = 0, so its weight cannot be changed in place")
+                raise AdapterError(
+                    f"{name} has another shape at λ = 0, so its weight cannot be changed in place",
+                    remedy="merge it anew for every weight",
+                )
             # LoRA's product space: at 0 the stack has no part of the references yet; the task's columns come first.
             begin = end.copy()
             if name.endswith("lora_B.weight"):

@@ -113,12 +113,24 @@ def configuration(path: Path) -> dict[str, Any]:
     try:
         values = bounded.read(path)
     except (OSError, ValueError) as error:
-        raise BackboneError(f"the model's configuration cannot be read ({error})", where=path) from None
+        raise BackboneError(
+            f"the model's configuration cannot be read ({error})",
+            where=path,
+            remedy="download the model again, or give another folder",
+        ) from None
     if not isinstance(values, dict):
-        raise BackboneError("this is not a model's configuration", where=path)
+        raise BackboneError(
+            "this is not a model's configuration",
+            where=path,
+            remedy="give the folder of a model in the form of transformers",
+        )
     names, classes = values.get("model_type"), values.get("architectures")
     if not isinstance(names, str | None) or not isinstance(classes, list | None):
-        raise BackboneError("this is not a model's configuration: its type is no name", where=path)
+        raise BackboneError(
+            "this is not a model's configuration: its type is no name",
+            where=path,
+            remedy="give the folder of a model in the form of transformers",
+        )
     return values
 
 
@@ -167,7 +179,11 @@ def _folder_digest(folder: Path) -> str:
     weights = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
     if not weights:
         refuse_pickles(folder)
-        raise BackboneError("this folder has no *.safetensors weights", where=folder)
+        raise BackboneError(
+            "this folder has no *.safetensors weights",
+            where=folder,
+            remedy="download the model with its *.safetensors files, or give a .gguf file",
+        )
     check_checkpoint(folder)
     named = (".json", ".model", ".spm", ".txt", ".jinja", ".py")
     rest = [p for p in folder.iterdir() if p.suffix in named and p.is_file()]
@@ -203,7 +219,9 @@ def check_checkpoint(folder: Path) -> None:
         try:
             found = bounded.read(index)["weight_map"].values()
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise BackboneError(f"this is no index of weights ({type(error).__name__})", where=index) from None
+            raise BackboneError(
+                f"this is no index of weights ({type(error).__name__})", where=index, remedy="download the model again"
+            ) from None
         names += found
     for name in names:
         ours = (".safetensors", ".safetensors.index.json")
@@ -228,7 +246,11 @@ def check_checkpoint(folder: Path) -> None:
                     remedy="remove the key; speed.attention chooses among what is installed",
                 )
             if _LAYERS.fullmatch(key) and isinstance(value, int) and value > _MOST_LAYERS:
-                raise BackboneError(f"the configuration has {value:.4g} layers ({key})", where=path)
+                raise BackboneError(
+                    f"the configuration has {value:.4g} layers ({key})",
+                    where=path,
+                    remedy="correct the model's config.json, or download the model again",
+                )
 
 
 def refuse_pickles(folder: Path) -> None:
@@ -304,7 +326,11 @@ def _expand(source: Path, folder: Path) -> None:
                 source.parent, gguf_file=source.name, trust_remote_code=False, local_files_only=True
             )
     except Exception as error:
-        raise BackboneError(f"this GGUF file cannot be read by transformers ({error})", where=source) from error
+        raise BackboneError(
+            f"this GGUF file cannot be read by transformers ({error})",
+            where=source,
+            remedy="choose a GGUF file of another architecture or quantisation, or the model's folder",
+        ) from error
     model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -152,7 +152,10 @@ def arimerge(
     """
     target, source = divergence.target_ref, divergence.source_ref
     if divergence.weight != 1:
-        raise AdapterError("AriMerge takes the references as they are, not a weighted divergence")
+        raise AdapterError(
+            "AriMerge takes the references as they are, not a weighted divergence",
+            remedy="give --target-ref and --source-ref instead of --divergence",
+        )
     named = {"task": task, "target reference": target, **({} if added else {"source reference": source})}
     analogies = {"lora": lora.analogy, "ia3": ia3.analogy}
     if not added and task.structure not in analogies:
@@ -248,11 +251,17 @@ class Combination:
         if self.method not in COMBINATIONS:
             raise UserError(f"unknown method '{self.method}'", remedy=suggestion(self.method, COMBINATIONS))
         if not adapters or len(adapters) != len(weights):
-            raise UserError("give every adapter a weight, and at least one adapter")
+            raise UserError(
+                "give every adapter a weight, and at least one adapter",
+                remedy="write ADAPTER=WEIGHT for each, such as runs/a=0.5",
+            )
         if not all(math.isfinite(w) for w in weights):
-            raise AdapterError("a weight must be a finite number")
+            raise AdapterError("a weight must be a finite number", remedy="give a weight such as 0.5")
         if not 0 < self.density <= 1 or not 0 <= self.drop < 1:
-            raise UserError("the density is above 0 and at most 1, the share dropped at least 0 and below 1")
+            raise UserError(
+                "the density is above 0 and at most 1, the share dropped at least 0 and below 1",
+                remedy="give --density 0.2, or --drop 0.9",
+            )
         spaces = {"linear": ("factors", "product"), "ties": ("factors",), "dare": ("factors",)}.get(self.method, ())
         if self.space not in (None, *spaces):
             raise UserError(f"'{self.method}' has no space '{self.space}'", remedy="leave --space out")

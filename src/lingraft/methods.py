@@ -291,9 +291,15 @@ def method(name: str) -> Method:
     if criterion == "labels":
         return found
     if criterion == "norms" and found.rule != "transfer":
-        raise UserError(f"'{name}': the ratio of norms has no meaning where coefficients sum to 1")
+        raise UserError(
+            f"'{name}': the ratio of norms has no meaning where coefficients sum to 1",
+            remedy="choose another criterion: leave :norms out, or write :entropy or :likelihood",
+        )
     if criterion == "norms" and found.stack is not None:
-        raise UserError(f"'{name}': the ratio of norms has no meaning where the task's adapter is not what is merged")
+        raise UserError(
+            f"'{name}': the ratio of norms has no meaning where the task's adapter is not what is merged",
+            remedy="choose another criterion: leave :norms out, or write :entropy or :likelihood",
+        )
     return replace(
         found,
         name=name,

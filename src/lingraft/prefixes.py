@@ -218,7 +218,8 @@ def _before_the_text(model: Any, prefix: torch.Tensor, shape: tuple[int, int, in
     numbers = _layers(model)
     if len(numbers) != layers:
         raise AdapterError(
-            f"a prefix cannot be put on this model: {len(numbers)} of its {layers} layers show their keys"
+            f"a prefix cannot be put on this model: {len(numbers)} of its {layers} layers show their keys",
+            remedy="choose another structure: lora, ia3 or bottleneck",
         )
 
     def attend(inner: _Attention, module: Any, query: Any, key: Any, value: Any, mask: Any, given: Any) -> Any:
@@ -313,7 +314,10 @@ def in_front(model: Any, prefix: torch.Tensor) -> Iterator[None]:
         mask = kwargs.get("attention_mask")
         if isinstance(mask, torch.Tensor):
             if mask.dim() != 2:
-                raise AdapterError("a prefix needs an attention mask of batch × length, or none")
+                raise AdapterError(
+                    "a prefix needs an attention mask of batch × length, or none",
+                    remedy="give the mask as the tokenizer makes it",
+                )
             if mask.shape[1] != cache.get_seq_length() + length:  # PEFT's own forward has widened it already.
                 mask = torch.cat([mask.new_ones(batch, tokens), mask], dim=1)
             kwargs["attention_mask"] = mask

@@ -168,7 +168,11 @@ def _zero() -> dict[str, Any]:
             zero = dict(found.get("zero_optimization", {}))
             return {**zero, "stage": int(zero.get("stage", 0))}
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"DeepSpeed's configuration cannot be read ({error})", where=path) from None
+            raise UserError(
+                f"DeepSpeed's configuration cannot be read ({error})",
+                where=path,
+                remedy="give the launcher a JSON file that all processes may read",
+            ) from None
     offload = {
         name: {"device": os.environ.get(f"ACCELERATE_DEEPSPEED_{name.upper()}_DEVICE") or "none"}
         for name in ("offload_param", "offload_optimizer")
@@ -205,7 +209,10 @@ def start(device: "torch.device") -> None:
 
             PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
-        raise LingraftError(f"the processes of this launch did not find one another: {error}") from error
+        raise LingraftError(
+            f"the processes of this launch did not find one another: {error}",
+            remedy="give the launcher the same address and port for all, and a network they share",
+        ) from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
 

@@ -63,7 +63,10 @@ def fill_with_span(template: str, fields: Mapping[str, str], name: str | None) -
     for match in _FIELD.finditer(template):
         found = match.group(1)
         if found not in fields:
-            raise DataError(f"the prompt asks for '{found}', which the row does not have (it has {', '.join(fields)})")
+            raise DataError(
+                f"the prompt asks for '{found}', which the row does not have (it has {', '.join(fields)})",
+                remedy="use one of these fields in the prompt, or add the column to the data",
+            )
         pieces += [template[done : match.start()], fields[found]]
         start = length + match.start() - done
         length, done = start + len(fields[found]), match.end()

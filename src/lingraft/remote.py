@@ -78,7 +78,10 @@ class Pointer:
                 return cls(**value)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             pass
-        raise StoreError("the record is changed: its seal does not fit")
+        raise StoreError(
+            "the record is changed: its seal does not fit",
+            remedy="run the same command again: it is set aside and made anew",
+        )
 
 
 def _harmless(record: dict[str, Any]) -> bool:
@@ -359,7 +362,9 @@ class Remote:
             yield
         except FileNotFoundError as error:
             self._check_bucket(error)
-            raise TransientError("an object is missing that was there", where=self.url) from error
+            raise TransientError(
+                "an object is missing that was there", where=self.url, remedy="run the same command again"
+            ) from error
         except OSError as error:
             if error.errno in _LOCAL and error.filename:
                 raise

@@ -151,7 +151,9 @@ def weights(modules: Iterable[str], default: float, rules: Sequence[tuple[str, f
         found.update(dict.fromkeys(select(paths, [name]), weight))
     for weight in (default, *(w for _, w in rules)):
         if not 0 <= weight < float("inf"):
-            raise AdapterError(f"the weight λ must be a finite number of at least 0, not {weight}")
+            raise AdapterError(
+                f"the weight λ must be a finite number of at least 0, not {weight}", remedy="give a weight such as 0.5"
+            )
     return found
 
 

@@ -2,8 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from lingraft.execution import shape_of
 from lingraft.locating import locate
 from lingraft.manifests import MANIFEST, write_manifest
 from lingraft.plan import Plan, Step, make_plan, ordered
+from lingraft.progressing import LIGHT, Recorder, State
 from lingraft.schedule import Schedule
 from lingraft.session import Session
 from lingraft.store import Store, open_store
@@ -35,19 +36,34 @@ from lingraft.workers.local import Local
 PLACES = ("local", "ray")
 TRIES = 3
 """How often a step is begun that fails for what a retry can mend, or for which one input is found damaged."""
+_SAMPLES = 3
+"""Finished steps of a sort that are asked how long they took."""
 _PAUSE = 2.0
 """Seconds until a step is asked for again that another process is making."""
 
 
 @dataclass
 class Events:
-    """What a run tells whoever watches it; every member may be replaced."""
+    """What a run tells whoever watches it; every member may be replaced.
+
+    Attributes:
+        step: A step begins, with its number and how many there are.
+        progress: A step goes on: how much of it is done, of how much, a note, and of a training the loss.
+        ended: A step is made, or has failed.
+        failure: Why it failed.
+        notice: Something to know.
+        begin: The first steps are about to begin: how many there are of each sort, and the mean seconds of a step of the sorts that
+            were measured before.
+    """
 
     step: Callable[[Step, int, int], None] = field(default=lambda step, number, total: None)
-    progress: Callable[[Step, int, int, str], None] = field(default=lambda step, done, total, note: None)
+    progress: Callable[[Step, int, int, str, float | None], None] = field(
+        default=lambda step, done, total, note, loss: None
+    )
     ended: Callable[[Step], None] = field(default=lambda step: None)
     failure: Callable[[Step, LingraftError], None] = field(default=lambda step, error: None)
     notice: Callable[[str], None] = field(default=lambda text: None)
+    begin: Callable[[Mapping[str, int], Mapping[str, float]], None] = field(default=lambda todo, known: None)
 
 
 @dataclass(frozen=True)
@@ -116,21 +132,90 @@ def run(
 
     def workers() -> Workers:
         if on == "local":
-            return Local(session, events.progress)
+            return Local(session, told.progress)
         from lingraft.workers.cluster import Cluster
 
-        return Cluster(session, where, address, todo, events.progress, events.notice)
+        return Cluster(session, where, address, todo, told.progress, told.notice)
 
-    made = (_make_launched if processes.world() > 1 else _make)(todo, session, workers, events)
-    if lacking:
-        raise RunFailed(
-            f"{len(lacking)} of the steps were not made: what they need is not finished",
-            remedy="make that first: see why it failed",
-        )
-    if not only and processes.is_main():
-        write_manifest(plan, located, shelf, out)
+    kept = len(plan.steps) - len(todo) if not only else sum(shelf.has(s.kind, s.key) for s in plan.steps)
+    about = State(name=experiment.name, processes=processes.world(), only=bool(only), plan=len(plan.steps), kept=kept)
+    with _recording(out, about, events) as told:
+
+        def begun() -> None:
+            told.begin(Counter(step.sort for step in todo), _measured(plan, shelf))
+
+        made = (_make_launched if processes.world() > 1 else _make)(todo, session, workers, told, begun)
+        if lacking:
+            raise RunFailed(
+                f"{len(lacking)} of the steps were not made: what they need is not finished",
+                remedy="make that first: see why it failed",
+            )
+        if not only and processes.is_main():
+            write_manifest(plan, located, shelf, out)
     # Of a few steps' inputs some may have been made anew as well.
     return Outcome(plan, made, max(0, len(steps) - made), out / MANIFEST)
+
+
+@contextmanager
+def _recording(out: Path, about: State, events: Events) -> Iterator[Events]:
+    """Has what a run tells written for other processes as well, from when its first steps begin."""
+    if not processes.is_main():
+        yield events
+        return
+    recorder = Recorder(out, about, lambda text: events.notice(text))
+    try:
+        yield _told(events, recorder)
+    except BaseException as error:
+        recorder.end("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed", _why(error))
+        raise
+    recorder.end("done")
+
+
+def _why(error: BaseException) -> str:
+    return error.what if isinstance(error, LingraftError) else f"unexpected {type(error).__name__}: {error}"
+
+
+def _told(events: Events, recorder: Recorder) -> Events:
+    """What a run tells, told to both."""
+
+    def step(step: Step, number: int, total: int) -> None:
+        recorder.tell(
+            lambda board, now: board.begin(step.key, step.label, now, kind=step.kind, sort=step.sort, total=total)
+        )
+        events.step(step, number, total)
+
+    def progress(step: Step, done: int, total: int, note: str, loss: float | None) -> None:
+        recorder.tell(lambda board, now: board.progress(step.key, done, total, note, loss, now))
+        events.progress(step, done, total, note, loss)
+
+    def ended(step: Step) -> None:
+        recorder.tell(lambda board, now: board.ended(step.key, now))
+        events.ended(step)
+
+    def failure(step: Step, error: LingraftError) -> None:
+        recorder.tell(lambda board, now: board.failure(step.label, error.what))
+        events.failure(step, error)
+
+    def notice(text: str) -> None:
+        recorder.tell(lambda board, now: board.notice(text))
+        events.notice(text)
+
+    def begin(todo: Mapping[str, int], known: Mapping[str, float]) -> None:
+        recorder.start(todo, known)
+        events.begin(todo, known)
+
+    return Events(step, progress, ended, failure, notice, begin)
+
+
+def _measured(plan: Plan, store: Store) -> dict[str, float]:
+    """Mean seconds of a step of each sort, from a few that are finished; of a store behind a URL nothing is asked."""
+    found: dict[str, list[float]] = {}
+    for step in plan.steps if store.url is None else ():
+        times = found.setdefault(step.sort, [])
+        if step.kind not in LIGHT and len(times) < _SAMPLES and store.has(step.kind, step.key):
+            with suppress(StoreError):
+                times.append(float(store.record(step.kind, step.key).get("wall_seconds") or 0))
+    return {sort: sum(times) / len(times) for sort, times in found.items() if times}
 
 
 def tune(experiment: Experiment, store: str | Path, *, events: Events | None = None) -> tuple[Plan, Store]:
@@ -193,6 +278,7 @@ def _only(plan: Plan, keys: Collection[str], store: Store) -> tuple[list[Step], 
                 LingraftError(
                     f"'{step.label}' needs '{needed.label}', which is not finished",
                     where=store.path(needed.kind, needed.key),
+                    remedy="make that first: run it with --only, or the experiment without --only",
                 ),
             )
     return steps, list(lacking.values())
@@ -227,17 +313,30 @@ def _set_aside(damage: Damaged, store: Store, events: Events) -> None:
         events.notice(f"{damage.kind} {damage.key} is damaged ({damage.what}): it is set aside and made anew")
 
 
-def _make(todo: Sequence[Step], session: Session, workers: Callable[[], Workers], events: Events) -> int:
+def _make(
+    todo: Sequence[Step],
+    session: Session,
+    workers: Callable[[], Workers],
+    events: Events,
+    begun: Callable[[], None] = lambda: None,
+) -> int:
     """Makes steps, once their data have been looked at, and says how many were made here."""
     if not todo:
         return 0
     check_data(todo, session)
+    begun()
     # A tracker is of one training.
     most = 1 if session.experiment.trackers else session.experiment.speed.together
     return carry_out(todo, session.store, workers(), events, most)
 
 
-def _make_launched(todo: Sequence[Step], session: Session, workers: Callable[[], Workers], events: Events) -> int:
+def _make_launched(
+    todo: Sequence[Step],
+    session: Session,
+    workers: Callable[[], Workers],
+    events: Events,
+    begun: Callable[[], None] = lambda: None,
+) -> int:
     """Makes steps with all processes of a launcher; the first one decides which."""
     from lingraft.workers.launched import Launched, dismiss, follow, meet
 
@@ -247,7 +346,7 @@ def _make_launched(todo: Sequence[Step], session: Session, workers: Callable[[],
     if not processes.is_main():
         follow(session)
         return 0
-    made = _make(todo, session, lambda: Launched(session, events.progress), events)
+    made = _make(todo, session, lambda: Launched(session, events.progress), events, begun)
     dismiss()
     return made
 

@@ -1,12 +1,12 @@
 """What the steps of one run share: the experiment, the store, the loaded base model, and the items asked last."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lingraft import roles
 from lingraft.adapter import Adapter
@@ -35,10 +35,17 @@ if TYPE_CHECKING:
 
 ROWS = "rows.jsonl"
 """What a step has translated."""
-Progress = Callable[[int, int, str], None]
 
 
-def _silent(done: int, total: int, note: str) -> None:
+class Progress(Protocol):
+    """Told how far a step is: how much is done, of how much, a note, and of a training the loss."""
+
+    def __call__(self, done: int, total: int, note: str, loss: float | None = None, /) -> None:
+        """Tells it."""
+        ...
+
+
+def _silent(done: int, total: int, note: str, loss: float | None = None, /) -> None:
     pass
 
 

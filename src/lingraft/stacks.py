@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lingraft.adapter import Adapter, AdapterWarning, content_digest
+from lingraft.cards import Facts, write_card
 from lingraft.digests import digest_value
 from lingraft.errors import AdapterError
 from lingraft.fitting import base_digest
@@ -42,7 +43,11 @@ def parts_of(folder: Path) -> list[Path]:
     names = (read_sidecar(folder) or {}).get("parts")
     # A name out of a file becomes a path only if it is one of ours.
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name in LAYOUTS for name in names):
-        raise AdapterError("the parts of this stack cannot be read", where=folder / SIDECAR)
+        raise AdapterError(
+            "the parts of this stack cannot be read",
+            where=folder / SIDECAR,
+            remedy="make the adapter again, or copy it again whole",
+        )
     return [folder / name for name in names]
 
 
@@ -116,7 +121,9 @@ def check_stack(stack: Sequence[Adapter], *, covered: bool = False) -> None:
 
 def write_note(folder: Path, parts: Sequence[str], notes: Mapping[str, Any]) -> None:
     """Notes in a folder whose parts are written which they are, the lowest first."""
-    write_json(folder / SIDECAR, {"format": 1, **notes, "kind": KIND, "parts": list(parts)})
+    said = {"format": 1, **notes, "kind": KIND, "parts": list(parts)}
+    write_json(folder / SIDECAR, said)
+    write_card(folder, Facts(None, said))
 
 
 def stack_digest(folder: Path) -> str:

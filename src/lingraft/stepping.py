@@ -70,7 +70,10 @@ def objective_of(backbone: Backbone, sequences: Sequence[Any]) -> Objective:
     kind, found = _OBJECTIVES[type(sequences[0])]
     if kind != backbone.kind:
         wanted, given = (f"{'a' if name == 'decoder' else 'an'} {name}" for name in (kind, backbone.kind))
-        raise UserError(f"these sequences are for {wanted}, and {backbone.located.name} is {given}")
+        raise UserError(
+            f"these sequences are for {wanted}, and {backbone.located.name} is {given}",
+            remedy="read the data with the backbone that is trained",
+        )
     return found
 
 

@@ -60,9 +60,13 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise StoreError("a file that should be here is missing", where=path) from None
+        raise StoreError(
+            "a file that should be here is missing", where=path, remedy="run the command that makes it again"
+        ) from None
     except RecursionError:
-        raise StoreError("this file is nested too deeply", where=path) from None
+        raise StoreError(
+            "this file is nested too deeply", where=path, remedy="run the command that makes it again"
+        ) from None
     except (OSError, ValueError) as error:  # Neither UTF-8, nor JSON, or a number of thousands of digits.
         raise StoreError(
             f"this file is damaged ({error})", where=path, remedy="delete its folder and run again"
@@ -147,16 +151,28 @@ def _opened(folder: Path) -> dict[str, Any]:
     """
     record = read_json(folder / RECORD)
     if not isinstance(record, dict):
-        raise StoreError("the record is not one of lingraft's", where=folder / RECORD)
+        raise StoreError(
+            "the record is not one of lingraft's",
+            where=folder / RECORD,
+            remedy="lingraft store verify --repair sets it aside; then run the experiment again",
+        )
     return _unsealed(cast(dict[str, Any], record), folder / RECORD)
 
 
 def _unsealed(sealed: Mapping[str, Any], where: Path | None = None) -> dict[str, Any]:
     record = {name: value for name, value in sealed.items() if name != SEAL}
     if SEAL in sealed and sealed[SEAL] != digest_value(record):
-        raise StoreError("the record is changed: its seal does not fit", where=where)
+        raise StoreError(
+            "the record is changed: its seal does not fit",
+            where=where,
+            remedy="lingraft store verify --repair sets it aside; then run the experiment again",
+        )
     if not isinstance(record.get("files"), dict):
-        raise StoreError("the record holds no hashes of files", where=where)
+        raise StoreError(
+            "the record holds no hashes of files",
+            where=where,
+            remedy="lingraft store verify --repair sets it aside; then run the experiment again",
+        )
     return record
 
 

@@ -222,7 +222,10 @@ def _bottleneck(backbone: "Backbone", config: AdapterConfig, seed: int) -> Fresh
             found[f"{PREFIX}{module}.bottleneck_{name}.weight"] = torch.from_numpy(values)
             found[f"{PREFIX}{module}.bottleneck_{name}.bias"] = torch.zeros(shape[0])
     if len(set(sizes.values())) > 1:
-        raise AdapterError(f"the layers have different widths, so bottlenecks of {sorted(set(sizes.values()))}")
+        raise AdapterError(
+            f"the layers have different widths, so bottlenecks of {sorted(set(sizes.values()))}",
+            remedy="choose layers of one width: adapter.modules",
+        )
     made = {
         "peft_type": "BOTTLENECK",
         "target_modules": modules,

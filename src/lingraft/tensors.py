@@ -69,7 +69,9 @@ class TensorFile:
             size = int.from_bytes(self._file.read(8), "little")
             header: dict[str, Any] = json.loads(self._file.read(size))
         except (OSError, SafetensorError, ValueError) as error:
-            raise AdapterError(f"this tensor file cannot be read ({error})", where=path) from None
+            raise AdapterError(
+                f"this tensor file cannot be read ({error})", where=path, remedy="make it again, or copy it again whole"
+            ) from None
         self._lock = Lock()
         self._metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         self._tensors = {
@@ -99,7 +101,11 @@ class TensorFile:
         """
         kind = self._entry(name)[0]
         if kind not in DTYPES:
-            raise AdapterError(f"tensor '{name}' has the unsupported type {kind}", where=self.path)
+            raise AdapterError(
+                f"tensor '{name}' has the unsupported type {kind}",
+                where=self.path,
+                remedy="save the adapter in float32, float16 or bfloat16",
+            )
         return DTYPES[kind]
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
@@ -116,12 +122,18 @@ class TensorFile:
         while done < raw.size and (count := self._pread(raw[done:], offset + done)):
             done += count
         if done < raw.size:
-            raise AdapterError(f"this file ends within tensor '{name}': it was changed", where=self.path)
+            raise AdapterError(
+                f"this file ends within tensor '{name}': it was changed",
+                where=self.path,
+                remedy="make the adapter again, or copy it again whole",
+            )
         try:
             return raw.view(dtype).reshape(shape)
         except ValueError as error:  # numpy has at most 64 axes, each of a size it can count to.
             raise AdapterError(
-                f"tensor '{name}' has a shape that numpy cannot hold ({error})", where=self.path
+                f"tensor '{name}' has a shape that numpy cannot hold ({error})",
+                where=self.path,
+                remedy="make it again, or copy it again whole",
             ) from None
 
     def _pread(self, into: np.ndarray[Any, Any], offset: int) -> int:
@@ -136,7 +148,9 @@ class TensorFile:
         try:
             return self._tensors[name]
         except KeyError:
-            raise AdapterError(f"there is no tensor '{name}'", where=self.path) from None
+            raise AdapterError(
+                f"there is no tensor '{name}'", where=self.path, remedy="make it again, or copy it again whole"
+            ) from None
 
 
 Spec = tuple[str, tuple[int, ...], np.dtype[Any]]

@@ -15,6 +15,7 @@ from lingraft import __version__, lottery, processes
 from lingraft.adapter import Adapter
 from lingraft.attaching import Part, part, peft_config, tensors_on
 from lingraft.backbones import Backbone, environment
+from lingraft.cards import Facts, write_card
 from lingraft.checkpoints import BEST, CHECKPOINT
 from lingraft.config import AdapterConfig, TrainingConfig
 from lingraft.errors import AdapterError, LingraftError, UserError
@@ -440,9 +441,11 @@ def _write(
     names = {field: _names(backbone, made[field], head) for field in _MODULES if field in made}
     if "modules_to_save" in made:  # PEFT adds names of its own.
         names["modules_to_save"] = sorted(made["modules_to_save"])
-    _write_config(folder / CONFIG, peft_config(made), names)
+    config = _write_config(folder / CONFIG, peft_config(made), names)
     family = layout_of(made, folder / CONFIG).structure
-    write_json(folder / SIDECAR, {"format": 1, "kind": "adapter", "family": family, **notes}, durable=False)
+    said = {"format": 1, "kind": "adapter", "family": family, **notes}
+    write_json(folder / SIDECAR, said, durable=False)
+    write_card(folder, Facts(config, said))
 
 
 _MODULES = ("target_modules", "feedforward_modules")
@@ -465,11 +468,13 @@ def _of_head(made: dict[str, Any], tensors: dict[str, torch.Tensor]) -> set[str]
     return {name for name in tensors if any(part in name for part in modules)}
 
 
-def _write_config(path: Path, config: Any, names: dict[str, list[str]]) -> None:
-    """Writes PEFT's own fields, its sets sorted, so that equal adapters have equal files."""
+def _write_config(path: Path, config: Any, names: dict[str, list[str]]) -> dict[str, Any]:
+    """Writes PEFT's own fields, its sets sorted, so that equal adapters have equal files; gives what it wrote."""
     values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     values |= {**names, "inference_mode": True}
-    write_json(path, json.loads(json.dumps(values, default=lambda v: getattr(v, "value", str(v)))), durable=False)
+    written: dict[str, Any] = json.loads(json.dumps(values, default=lambda v: getattr(v, "value", str(v))))
+    write_json(path, written, durable=False)
+    return written
 
 
 def _tensors_of(folder: Path, like: dict[str, torch.Tensor], heads: set[str]) -> dict[str, torch.Tensor]:
@@ -482,6 +487,7 @@ def _tensors_of(folder: Path, like: dict[str, torch.Tensor], heads: set[str]) ->
         raise AdapterError(
             f"the adapter to start from has another structure: {len(wrong)} tensors, first {wrong[0]}",
             where=folder,
+            remedy="start from an adapter of the same structure, rank and modules",
         )
     return found | {name: like[name] for name in sorted(heads)} | _heads_of(adapter, like, heads)
 

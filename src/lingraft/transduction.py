@@ -104,7 +104,9 @@ def answer_sequences(backbone: Backbone, examples: Sequence[Example], max_input:
         DataError: There is no example.
     """
     if not examples:
-        raise DataError("there is nothing to train on")
+        raise DataError(
+            "there is nothing to train on", remedy="look at the data: every row was left out, or there is none"
+        )
     prompts = [read(backbone, e, max_input) for e in examples]
     answers = [_written(backbone, e.completion) for e in examples]
     cut = sum(shorter or len(a) > max_output for (_, shorter), a in zip(prompts, answers, strict=True))
@@ -362,7 +364,10 @@ def predict_choice(
         DataError: There is no example.
     """
     if not examples:
-        raise DataError("there is nothing to evaluate")
+        raise DataError(
+            "there is nothing to evaluate",
+            remedy="look at the data of this split: every row was left out, or there is none",
+        )
     sources = [read(backbone, e, max_input) for e in examples]
     beside = [counterpart(backbone, e, max_input) for e in examples]
     targets = [[_written(backbone, c) for c in e.candidates] for e in examples]
@@ -441,7 +446,10 @@ def generate(
         DataError: There is no example.
     """
     if not examples:
-        raise DataError("there is nothing to evaluate")
+        raise DataError(
+            "there is nothing to evaluate",
+            remedy="look at the data of this split: every row was left out, or there is none",
+        )
     sources = [read(backbone, e, max_input) for e in examples]
     beside = [counterpart(backbone, e, max_input) for e in examples]
 

@@ -280,7 +280,11 @@ def _tokenizer(folder: Path) -> Any:
     except ImportError as error:
         raise MissingExtra("sentencepiece", "translation") from error
     except (ValueError, KeyError, OSError, TypeError) as error:
-        raise BackboneError(f"the model's tokenizer cannot be loaded: {error}", where=folder) from error
+        raise BackboneError(
+            f"the model's tokenizer cannot be loaded: {error}",
+            where=folder,
+            remedy="download the translation model again; Marian and M2M-100 need pip install 'lingraft[translation]'",
+        ) from error
 
 
 def _model(folder: Path, dtype: "torch.dtype") -> Any:
@@ -296,9 +300,15 @@ def _model(folder: Path, dtype: "torch.dtype") -> Any:
             output_loading_info=True,
         )
     except (ValueError, KeyError, OSError, ImportError) as error:
-        raise BackboneError(f"the model cannot be loaded: {error}", where=folder) from error
+        raise BackboneError(
+            f"the model cannot be loaded: {error}",
+            where=folder,
+            remedy="download the translation model again, or choose another",
+        ) from error
     if missing := found["missing_keys"]:
         raise BackboneError(
-            f"this checkpoint lacks {len(missing)} of the model's tensors, first {min(missing)}", where=folder
+            f"this checkpoint lacks {len(missing)} of the model's tensors, first {min(missing)}",
+            where=folder,
+            remedy="download the translation model again",
         )
     return model

@@ -67,7 +67,7 @@ def test_the_same_steps_and_the_same_answers(path: Path, alone: Path, tmp_path: 
     at: list[tuple[int, int, str]] = []
     events = Events(
         step=lambda step, number, total: told.append((step.label, number)),
-        progress=lambda step, done, total, note: at.append((done, total, note)),
+        progress=lambda step, done, total, note, loss: at.append((done, total, note)),
     )
     run(load(path, "speed.together=3"), tmp_path / "out", events=events)
     assert keys(tmp_path) == keys(alone)
@@ -100,7 +100,7 @@ def _key(record: dict[str, Any], folder: Path) -> str:
 def test_a_killed_group_is_finished_by_either(path: Path, alone: Path, tmp_path: Path) -> None:
     count = 0
 
-    def stop(step: Step, done: int, total: int, note: str) -> None:
+    def stop(step: Step, done: int, total: int, note: str, loss: float | None) -> None:
         nonlocal count
         count += "together" in note
         if count == 4:

@@ -234,7 +234,7 @@ def test_an_interrupted_second_stage_goes_on_to_the_same_bytes(
     path = write_experiment(tmp_path, models[kind], nllb, [f"'{method}'"])
     at: list[Step] = []
 
-    def stop(step: Step, done: int, total: int, note: str) -> None:
+    def stop(step: Step, done: int, total: int, note: str, loss: float | None) -> None:
         if at and "second" in at[-1].config and done == 3:
             raise KeyboardInterrupt
 
@@ -242,7 +242,7 @@ def test_an_interrupted_second_stage_goes_on_to_the_same_bytes(
         run(load_experiment(path), tmp_path / "out", events=Events(step=lambda s, *_: at.append(s), progress=stop))
     assert list((tmp_path / "store/train").glob(".*.partial/checkpoint.safetensors"))
     done: list[int] = []
-    run(load_experiment(path), tmp_path / "out", events=Events(progress=lambda step, n, total, note: done.append(n)))
+    run(load_experiment(path), tmp_path / "out", events=Events(progress=lambda step, n, *_: done.append(n)))
     assert 1 not in done[: done.index(4)], "it went on from its checkpoint"
     whole, _ = finished(kind)
     mine, theirs = contents(tmp_path / "store"), contents(whole / "store")
@@ -262,7 +262,7 @@ def test_a_run_killed_in_a_second_stage_ends_in_the_same_bytes(
         "from pathlib import Path\n"
         "training.train_one.__kwdefaults__['checkpoint_seconds'] = 0.0\n"
         "at = []\n"
-        "def kill(step, done, total, note):\n"
+        "def kill(step, done, total, note, loss):\n"
         "    if at and 'flare-mt' in at[-1] and at[-1].startswith('train') and done == 3:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "path = Path(sys.argv[1])\n"

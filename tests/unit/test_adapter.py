@@ -80,7 +80,7 @@ def test_saving_twice_gives_equal_bytes(tmp_path: Path) -> None:
     first, second = adapter.save(tmp_path / "b"), adapter.save(tmp_path / "c")
     files = {p.name: p.read_bytes() for p in first.iterdir()}
     assert files == {p.name: p.read_bytes() for p in second.iterdir()}
-    assert set(files) == {"adapter_config.json", "adapter_model.safetensors", "lingraft.json", "step.json"}
+    assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "lingraft.json", "step.json"}
 
 
 def test_tensors_of_mixed_types_are_saved_without_loss(tmp_path: Path) -> None:

@@ -120,7 +120,6 @@ MISTAKES: dict[str, tuple[Sequence[str], Sequence[str]]] = {
         [*MERGE, *REFERENCES, "--weight", "1", "--modules", "q_prj"],
         ["q_prj"],
     ),
-    "three to inspect": (["inspect", "task", "target", "source"], ["inspect takes one folder or two"]),
     "nothing to inspect": (["inspect", "none"], ["there is no such adapter folder"]),
     "no run to report": (["report", "empty"], ["this folder is not a finished run"]),
     "tasks are no YAML": (

@@ -22,6 +22,7 @@ from lingraft.report.tables import (
     average_table,
     csv_text,
     curve_table,
+    difference_table,
     language_table,
     markdown,
     notes,
@@ -326,6 +327,30 @@ def test_one_seed_comes_with_a_warning(tmp_path: Path):
     found = results(make_run(tmp_path, right, seeds=[0], development=[]))
     assert "do not cover how much trainings differ" in notes(found)[0]
     assert len(notes(found)) == 1
+
+
+def test_a_star_stands_at_what_is_significant_among_all_comparisons(tmp_path: Path):
+    right = {
+        "eng-ft": {"sw": ["0" * 40], "vi": ["0" * 40]},
+        "adamergex": {"sw": ["1" * 40], "vi": ["0" * 34 + "1" * 6]},
+    }
+    found = results(make_run(tmp_path, right, seeds=[0]))
+    raw = found["methods"]["adamergex"]["languages"]["vi"]["p"]
+    assert 0.025 < raw < 0.05
+    header, rows = difference_table(found)
+    assert header == ["against Eng-FT", "Swahili", "Vietnamese"]
+    # Of two comparisons the larger p is left as it is.
+    assert rows[0][1].startswith("+100.0* [")
+    assert rows[0][2].startswith("+15.0* [")
+    more = {**right, "vanilla": {"sw": ["0" * 40], "vi": ["0" * 40]}}
+    found = results(make_run(tmp_path / "more", more, seeds=[0]))
+    _, rows = difference_table(found)
+    assert not any("*" in row[2] for row in rows)
+    assert "* [" in average_table(found)[1][1][2]
+    said = next(note for note in notes(found) if "Holm" in note)
+    assert "for 4 differences of methods and languages, and for 2 of averages" in said
+    assert said in plain(found)
+    assert said in markdown(found)
 
 
 def test_csv_parses_and_holds_the_full_figures(tmp_path: Path):

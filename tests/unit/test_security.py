@@ -593,7 +593,7 @@ def test_a_report_of_hostile_names_is_text(figures: dict[str, Any], text: str) -
 
 @pytest.mark.parametrize("text", [HOSTILE[4], "$ ".join(HOSTILE)])
 def test_a_drawing_of_hostile_names_is_text(tmp_path: Path, figures: dict[str, Any], text: str) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("altair")
     from lingraft.report.figures import draw_curves
 
     found = copy.deepcopy(figures)

@@ -829,7 +829,8 @@ def test_a_language_adapter_whose_training_was_killed_is_the_same(tmp_path: Path
     train(backbone, texts, out, progress=lambda done, total, loss: reached.append(done), **options)
     assert reached == list(range(at, 5))
     assert files(out) == files(tmp_path / "whole")
-    assert {p.split("/")[0] for p in files(out)} == {"invertible", "bottleneck", "lingraft.json", "metrics.jsonl"}
+    here = {"README.md", "invertible", "bottleneck", "lingraft.json", "metrics.jsonl"}
+    assert {p.split("/")[0] for p in files(out)} == here
     # And a task on it.
     below = load_stack([out])
     options |= {"adapter": TASK, "head": head(backbone), "beneath": below}

@@ -56,7 +56,11 @@ class Rule:
             what = f"unknown segmentation '{self.segmentation}'"
             raise ConfigError(what, remedy=suggestion(self.segmentation, SEGMENTATIONS))
         if (self.kind == "label") != bool(self.labels):
-            raise ConfigError("a rule names labels if, and only if, labels are asked for", where=f"kind {self.kind}")
+            raise ConfigError(
+                "a rule names labels if, and only if, labels are asked for",
+                where=f"kind {self.kind}",
+                remedy="give labels to a task of kind choice, and to no other",
+            )
         label_texts(self.labels)
 
     def as_dict(self) -> dict[str, Any]:
@@ -96,9 +100,17 @@ def read(generated: Generated, rule: Rule, language: str) -> Scored:
         MissingExtra: Summaries need a package that is not installed.
     """
     if generated.text is None:
-        raise DataError("an item has no text to read an answer in", where=generated.id)
+        raise DataError(
+            "an item has no text to read an answer in",
+            where=generated.id,
+            remedy="make the predictions again: run the same command",
+        )
     if not generated.references:
-        raise DataError("an item has no right answer to compare with", where=generated.id)
+        raise DataError(
+            "an item has no right answer to compare with",
+            where=generated.id,
+            remedy="add the answer to the item's row, or leave the row out",
+        )
     parse, compare = _READERS[rule.kind]
     # Before the answer is looked at: a wrong reference must not pass unseen where the answer cannot be parsed.
     right = [_reference(generated, text, rule) for text in generated.references]
@@ -126,10 +138,17 @@ def score_generated(generated: Sequence[Generated], rule: Rule, language: str) -
         DataError: There are no items, only some have a text, or as `read`.
     """
     if not generated:
-        raise DataError("there are no items to score")
+        raise DataError(
+            "there are no items to score",
+            remedy="look at the data of this split: every row was left out, or there is none",
+        )
     if len({g.text is None for g in generated}) > 1:
         missing = next(g.id for g in generated if g.text is None)
-        raise DataError("some items have a text and some have none", where=missing)
+        raise DataError(
+            "some items have a text and some have none",
+            where=missing,
+            remedy="make the predictions again: run the same command",
+        )
     likelihoods = [g.gold_log_likelihood for g in generated if g.gold_log_likelihood is not None]
     likelihood = {"gold_log_likelihood": _mean(likelihoods)} if len(likelihoods) == len(generated) else {}
     if generated[0].text is None:
@@ -168,7 +187,11 @@ def _reference(generated: Generated, text: str, rule: Rule) -> str:
     if rule.kind == "number":
         number = parse_number(text).value
         if number is None:
-            raise DataError(f"the right answer '{text}' is no number", where=generated.id)
+            raise DataError(
+                f"the right answer '{text}' is no number",
+                where=generated.id,
+                remedy="write it in digits, or correct the row",
+            )
         return number
     return text
 

@@ -4,14 +4,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lingraft import merging
 from lingraft.adapter import Adapter, content_digest, is_divergence
+from lingraft.atlas import ALL, atlas, clusters
 from lingraft.divergence import Divergence
-from lingraft.errors import AdapterError, UserError
+from lingraft.errors import AdapterError, MissingExtra, UserError
 from lingraft.families import GUARDS
 from lingraft.fitting import base_digest
 from lingraft.fusion.stages import FIRST, first_digest
@@ -19,6 +20,9 @@ from lingraft.layouts.common import WEIGHTS, read_sidecar
 from lingraft.merging import Combination, Graft, divergence_of, similarity
 from lingraft.stacks import is_stack, parts_of, stack_digest, write_note
 from lingraft.store import appearing, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def save_divergence(target_ref: Path, source_ref: Path, out: Path, as_json: bool) -> dict[str, Any] | None:
@@ -165,7 +169,7 @@ def _graft(adapters: Sequence[str], options: dict[str, Any]) -> _Made:
         raise UserError("--" + " and --".join(absent) + " missing", remedy="see lingraft merge --help")
     folder, target, source = options["divergence_dir"], options["target_ref"], options["source_ref"]
     if folder is not None and (target or source):
-        raise UserError("give either --divergence or the two references, not both")
+        raise UserError("give either --divergence or the two references, not both", remedy="leave one of them out")
     if folder is not None:
         divergence, inputs = Divergence.load(folder), {"divergence": content_digest(folder)}
     elif target is not None and options["method"] == "arimerge-add":
@@ -228,16 +232,18 @@ def _combination(adapters: Sequence[str], options: dict[str, Any]) -> _Made:
 
 
 def inspect_folders(folders: Sequence[Path], as_json: bool) -> dict[str, Any] | None:
-    """`lingraft inspect`."""
+    """`lingraft inspect`: one adapter, how alike two are, or of more how alike all are with one another."""
     from rich.console import Console  # A merge starts without it.
 
     from lingraft.report.terminal import lines
 
     compared = len(folders) == 2
-    if compared and any(map(is_stack, folders)):
+    if len(folders) > 1 and any(map(is_stack, folders)):
         raise UserError(
             "inspect compares adapters, not stacks", remedy="give a part of each: A/bottleneck B/bottleneck"
         )
+    if len(folders) > 2:
+        return _compare_all(folders, as_json, Console())
     if not compared:  # Of a stack every part.
         folders = parts_of(folders[0])
     loaded = [_as_adapter(folder) for folder in folders]
@@ -260,6 +266,41 @@ def inspect_folders(folders: Sequence[Path], as_json: bool) -> dict[str, Any] | 
         for entry in described:
             lines(["layer", "norm"], [[layer, f"{n:.4g}"] for layer, n in entry["norm_by_layer"].items()], console)
     return None
+
+
+def _compare_all(folders: Sequence[Path], as_json: bool, console: "Console") -> dict[str, Any] | None:
+    """How alike the changes of several adapters or divergences are: in an order in which those that are alike stand together."""
+    from lingraft.report.terminal import lines
+
+    loaded = [_as_adapter(folder) for folder in folders]
+    charted = atlas(dict(zip(_apart(folders), (adapter for adapter, _ in loaded), strict=True)))
+    try:
+        order, linkage = clusters(charted["cosines"][ALL])
+        remark = "the order is that of clusters (average linkage of 1 − cosine)"
+    except MissingExtra as error:  # The figures do without it.
+        order, linkage = list(range(len(folders))), []
+        remark = f"in the order given; for one by likeness: {error.remedy}"
+    if as_json:
+        described = [_described(folder, *found) for folder, found in zip(folders, loaded, strict=True)]
+        return {"adapters": described, "atlas": {**charted, "order": order, "linkage": linkage}}
+    names, rows = charted["names"], charted["cosines"][ALL]
+    cells = [
+        [f"{number} {names[i]}", *(_cosine(rows[i][j]) for j in order), f"{charted['norms'][ALL][i]:.4g}"]
+        for number, i in enumerate(order, 1)
+    ]
+    lines(["cosine", *(str(number) for number in range(1, len(order) + 1)), "norm"], cells, console)
+    console.print(f"{remark}; --json has every layer", markup=False, highlight=False)
+    return None
+
+
+def _apart(folders: Sequence[Path]) -> list[str]:
+    """Short names of folders that tell them apart: the ends of their paths, as much of them as it takes."""
+    paths = [folder.absolute().parts for folder in folders]
+    for length in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(parts[-length:]) for parts in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError("one folder is given twice", remedy="give each adapter once")
 
 
 def _cosine(value: float | None) -> str:

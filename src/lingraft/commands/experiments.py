@@ -134,7 +134,7 @@ def tune_experiment(
 def _events(watcher: Watcher) -> "Events":
     from lingraft.runner import Events
 
-    return Events(watcher.step, watcher.step_progress, watcher.ended, watcher.failure, watcher.notice)
+    return Events(watcher.step, watcher.step_progress, watcher.ended, watcher.failure, watcher.notice, watcher.planned)
 
 
 def _notices(experiment: Experiment, quiet: bool) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lingraft import processes
 from lingraft.adapter import Adapter, content_digest
+from lingraft.cards import hub_datasets
 from lingraft.commands.counterparts import OPTIONS, SOURCE, Counterparts, counterparts, refuse_unread, spelt
 from lingraft.commands.watching import Watcher, stderr
 from lingraft.config import (
@@ -42,11 +43,23 @@ def _own_tasks(path: Path | None) -> dict[str, CustomTask]:
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"the tasks cannot be read ({error.strerror})", where=path) from None
+        raise ConfigError(
+            f"the tasks cannot be read ({error.strerror})",
+            where=path,
+            remedy="give the path of a YAML file that you may read",
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"this is not YAML: {getattr(error, 'problem', None) or error}", where=path) from None
+        raise ConfigError(
+            f"this is not YAML: {getattr(error, 'problem', None) or error}",
+            where=path,
+            remedy="correct the line: blanks, brackets and colons are the usual causes",
+        ) from None
     if not isinstance(tree, dict) or not isinstance(tree.get("tasks"), dict):
-        raise ConfigError("this file has no `tasks:` mapping", where=path)
+        raise ConfigError(
+            "this file has no `tasks:` mapping",
+            where=path,
+            remedy="write the tasks below `tasks:`, as in an experiment (docs/tasks.md)",
+        )
     return {str(name): validated(CustomTask, value, where=path) for name, value in tree["tasks"].items()}
 
 
@@ -265,6 +278,7 @@ def _trained(overrides: Sequence[str], out: Path, as_json: bool, options: dict[s
             counts |= cut
         watcher.begin(f"train {options['task']} {language}")
         known = {k: v for k, v in record.items() if k in ("language", "training")}
+        found = hub_datasets(what.get("rows", ()))
         summary = training.train(
             backbone,
             sequences,
@@ -275,8 +289,8 @@ def _trained(overrides: Sequence[str], out: Path, as_json: bool, options: dict[s
             start_from=options["start_from"],
             second=second,
             beneath=beneath,
-            provenance={**known, "task": options["task"], **counts},
-            progress=lambda done, total, loss: watcher.progress(done, total, f"loss {loss:.3f}"),
+            provenance={**known, "task": options["task"], **counts, **({"datasets": found} if found else {})},
+            progress=lambda done, total, loss: watcher.progress(done, total, f"loss {loss:.3f}", loss),
             head=head,
         )
         summary |= counts

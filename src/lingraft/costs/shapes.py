@@ -121,7 +121,10 @@ def shape_of(config: Plain) -> Shape:
         if kind in _TRANSLATORS:
             return _translator(config)
     except KeyError as error:
-        raise BackboneError(f"the model's configuration has no {error}") from None
+        raise BackboneError(
+            f"the model's configuration has no {error}",
+            remedy="add it to the model's config.json, or choose another base model",
+        ) from None
     raise BackboneError(
         f"the sizes of a '{kind}' model are not known here",
         remedy=f"known are {', '.join([*_DECODERS, *_ENCODERS, *_ENCODER_DECODERS, *_TRANSLATORS])}",

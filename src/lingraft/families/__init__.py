@@ -56,7 +56,7 @@ def family(structure: str, space: str | None = None, **guards: float | None) -> 
         if name not in {field.name for field in dataclasses.fields(rule)}:
             raise UserError(f"the rule {rule.name} has no '{name}'", remedy="leave that option out")
         if not 0 < value < float("inf"):
-            raise UserError(f"'{name}' must be above 0 and finite, not {value}")
+            raise UserError(f"'{name}' must be above 0 and finite, not {value}", remedy="give a number above 0")
     return dataclasses.replace(rule, **given) if given else rule
 
 

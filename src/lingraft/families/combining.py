@@ -78,7 +78,10 @@ def concatenated(structure: str, sites: Sequence[Site], weights: Sequence[float]
         )
     if structure == "prefix":
         if any(weight != 1 for weight in weights):
-            raise AdapterError("virtual tokens have no weight: a prefix can be concatenated at weight 1 only")
+            raise AdapterError(
+                "virtual tokens have no weight: a prefix can be concatenated at weight 1 only",
+                remedy="give every prefix the weight 1, or leave --method cat out",
+            )
         return Site({role: xp.concat([s.tensors[role] for s in sites], axis=0) for role in sites[0].tensors})
     raise AdapterError(f"adapters of the structure '{structure}' cannot be concatenated", remedy="use --method linear")
 

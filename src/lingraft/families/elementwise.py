@@ -23,7 +23,10 @@ def fitting(x: Site, y: Site) -> None:
     """
     shapes = [{role: tuple(t.shape) for role, t in site.tensors.items()} for site in (x, y)]
     if shapes[0] != shapes[1]:
-        raise AdapterError(f"the shapes differ: {shapes[0]} and {shapes[1]}")
+        raise AdapterError(
+            f"the shapes differ: {shapes[0]} and {shapes[1]}",
+            remedy="merge adapters of one structure and size, trained on the same base model",
+        )
 
 
 @dataclass(frozen=True)

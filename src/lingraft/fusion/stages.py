@@ -68,7 +68,11 @@ class SecondStage:
                 f"the first stage is {self.first.structure}, which cannot be merged into the weights", remedy="use LoRA"
             )
         if "second" in self.first.sidecar:
-            raise AdapterError("a second stage cannot be the first of another", where=self.first.path)
+            raise AdapterError(
+                "a second stage cannot be the first of another",
+                where=self.first.path,
+                remedy="give the first stage itself: a LoRA of one language",
+            )
 
     @property
     def place(self) -> Path:
@@ -156,7 +160,11 @@ def second_stage(adapter: Adapter) -> SecondStage | None:
         or notes.get("kind") not in get_args(Kind)
         or notes.get("form") not in (None, *get_args(Form))
     ):
-        raise AdapterError("what the second stage is cannot be read", where=adapter.path / SIDECAR)
+        raise AdapterError(
+            "what the second stage is cannot be read",
+            where=adapter.path / SIDECAR,
+            remedy="make the adapter again, or copy it again whole",
+        )
     digest = first_digest(adapter.path / FIRST)
     if notes.get("stage1") != digest:
         raise AdapterError(

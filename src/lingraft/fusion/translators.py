@@ -121,7 +121,11 @@ def _tokenizer(folder: Path) -> Any:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
-        raise BackboneError(f"the tokenizer cannot be loaded: {error}", where=folder) from error
+        raise BackboneError(
+            f"the tokenizer cannot be loaded: {error}",
+            where=folder,
+            remedy="download the checkpoint again; Marian and M2M-100 need pip install 'lingraft[translation]'",
+        ) from error
     tokenizer.truncation_side = "right"
     return tokenizer
 
@@ -170,7 +174,11 @@ def _encoder(folder: Path, dtype: torch.dtype, *, inner: bool) -> Any:
                 output_loading_info=True,
             )
         except (ValueError, KeyError, OSError, ImportError, RuntimeError) as error:
-            raise BackboneError(f"the model cannot be loaded: {error}", where=folder) from error
+            raise BackboneError(
+                f"the model cannot be loaded: {error}",
+                where=folder,
+                remedy="download the checkpoint again, or choose another translation model",
+            ) from error
     encoder = model.get_encoder() if inner else model
     # By identity: a tied embedding has several names.
     own = {
@@ -184,7 +192,9 @@ def _encoder(folder: Path, dtype: torch.dtype, *, inner: bool) -> Any:
     lacking = sorted(n for n in found["missing_keys"] if id(named.get(n)) in own)
     if lacking:
         raise BackboneError(
-            f"this checkpoint lacks weights of its encoder: {len(lacking)} tensors, first {lacking[0]}", where=folder
+            f"this checkpoint lacks weights of its encoder: {len(lacking)} tensors, first {lacking[0]}",
+            where=folder,
+            remedy="download the checkpoint again, or choose another translation model",
         )
     return encoder
 

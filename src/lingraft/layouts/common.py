@@ -143,11 +143,17 @@ class RoleLayout:
         for module, found in names.items():
             shapes = {role: tensors.shape(name) for role, name in found.items()}
             if any(0 in shape for shape in shapes.values()):
-                raise AdapterError(f"{module} has an empty tensor: {shapes}", where=tensors.path)
+                raise AdapterError(
+                    f"{module} has an empty tensor: {shapes}",
+                    where=tensors.path,
+                    remedy="make the adapter again, or copy it again whole",
+                )
             try:
                 layout[module] = self.place(module, shapes, config)
             except ValueError as error:
-                raise AdapterError(f"{module}: {error}", where=tensors.path) from None
+                raise AdapterError(
+                    f"{module}: {error}", where=tensors.path, remedy="make the adapter again, or copy it again whole"
+                ) from None
 
         def read(module: str) -> Site:
             return Site({role: tensors.read(n) for role, n in names[module].items()}, layout[module].scaling)
@@ -164,17 +170,33 @@ class RoleLayout:
             if role is not None:
                 names = found.setdefault(path.removesuffix("." + self.suffixes[role]), {})
                 if other := names.get(role):
-                    raise AdapterError(f"'{other}' and '{name}' are two tensors for one place", where=tensors.path)
+                    raise AdapterError(
+                        f"'{other}' and '{name}' are two tensors for one place",
+                        where=tensors.path,
+                        remedy="save the adapter again from one training",
+                    )
                 names[role] = name
             elif self.marker in name:
-                raise AdapterError(f"tensor '{name}' is of a variant that cannot be merged", where=tensors.path)
+                raise AdapterError(
+                    f"tensor '{name}' is of a variant that cannot be merged",
+                    where=tensors.path,
+                    remedy="train a plain adapter: without DoRA, bias or further modules to save",
+                )
             else:
                 others.append(name)
         if not found:
-            raise AdapterError(f"this file has no tensors named …{self.marker}…", where=tensors.path)
+            raise AdapterError(
+                f"this file has no tensors named …{self.marker}…",
+                where=tensors.path,
+                remedy="give an adapter of the structure that its adapter_config.json names",
+            )
         for module, names in found.items():
             if absent := [suffix for role, suffix in self.suffixes.items() if role not in names]:
-                raise AdapterError(f"{module} lacks {', '.join(absent)}", where=tensors.path)
+                raise AdapterError(
+                    f"{module} lacks {', '.join(absent)}",
+                    where=tensors.path,
+                    remedy="make the adapter again, or copy it again whole",
+                )
         return {m: {role: found[m][role] for role in self.suffixes} for m in sorted(found)}, tuple(others)
 
     def encode(

@@ -50,18 +50,25 @@ class PrefixLayout:
             AdapterError: The tensor is missing, or its shape does not fit the configuration.
         """
         if TENSOR not in tensors.names:
-            raise AdapterError(f"this file has no tensor '{TENSOR}'", where=tensors.path)
+            raise AdapterError(
+                f"this file has no tensor '{TENSOR}'",
+                where=tensors.path,
+                remedy="give an adapter of the structure that its adapter_config.json names",
+            )
         shape = tensors.shape(TENSOR)
         layers, tokens = config.get("num_layers"), config.get("num_virtual_tokens")
         if type(layers) is not int or layers < 1 or len(shape) != 2 or shape[0] != tokens or 0 in shape:
             raise AdapterError(
                 f"a prefix of shape {shape} does not fit {shown(tokens)} virtual tokens in {shown(layers)} layers",
                 where=tensors.path,
+                remedy="make the adapter again: its configuration is of another one",
             )
         width, rest = divmod(shape[1], 2 * layers)
         if rest:
             raise AdapterError(
-                f"{shape[1]} numbers do not divide among {layers} layers' keys and values", where=tensors.path
+                f"{shape[1]} numbers do not divide among {layers} layers' keys and values",
+                where=tensors.path,
+                remedy="make the adapter again: its configuration is of another one",
             )
         layout = {site_name(n): Place(dict.fromkeys(ROLES, (shape[0], width))) for n in range(layers)}
 

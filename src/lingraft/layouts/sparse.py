@@ -38,25 +38,49 @@ def _found(tensors: TensorFile) -> tuple[dict[str, dict[str, str]], tuple[str, .
             module, bias, role = match.groups()
             names = found.setdefault(module + (_BIAS if bias else ""), {})
             if other := names.get(role):
-                raise AdapterError(f"'{other}' and '{name}' are two tensors for one place", where=tensors.path)
+                raise AdapterError(
+                    f"'{other}' and '{name}' are two tensors for one place",
+                    where=tensors.path,
+                    remedy="save the adapter again from one training",
+                )
             names[role] = name
         elif _MARKER in name:
-            raise AdapterError(f"tensor '{name}' is of a variant that cannot be merged", where=tensors.path)
+            raise AdapterError(
+                f"tensor '{name}' is of a variant that cannot be merged",
+                where=tensors.path,
+                remedy="train a plain sparse adapter: --adapter sparse",
+            )
         else:
             others.append(name)
     if not found:
-        raise AdapterError(f"this file has no tensors named …{_MARKER}…", where=tensors.path)
+        raise AdapterError(
+            f"this file has no tensors named …{_MARKER}…",
+            where=tensors.path,
+            remedy="give an adapter of the structure that its adapter_config.json names",
+        )
     for site, names in found.items():
         if absent := [role for role in _ROLES if role not in names]:
-            raise AdapterError(f"{site} lacks {', '.join(f'sparse_{role}' for role in absent)}", where=tensors.path)
+            raise AdapterError(
+                f"{site} lacks {', '.join(f'sparse_{role}' for role in absent)}",
+                where=tensors.path,
+                remedy="make the adapter again, or copy it again whole",
+            )
     return {site: {role: found[site][role] for role in _ROLES} for site in sorted(found)}, tuple(others)
 
 
 def _place(site: str, shapes: Mapping[str, tuple[int, ...]], where: Path) -> Place:
     if any(0 in shape for shape in shapes.values()):
-        raise AdapterError(f"{site} has an empty tensor: {shapes}", where=where)
+        raise AdapterError(
+            f"{site} has an empty tensor: {shapes}",
+            where=where,
+            remedy="make the adapter again, or copy it again whole",
+        )
     if len(shapes["indices"]) != 1 or shapes["values"] != shapes["indices"] or len(shapes["shape"]) != 1:
-        raise AdapterError(f"{site}: {shapes} is not a sparse difference", where=where)
+        raise AdapterError(
+            f"{site}: {shapes} is not a sparse difference",
+            where=where,
+            remedy="make the adapter again, or copy it again whole",
+        )
     return Place(shapes)
 
 
@@ -85,12 +109,24 @@ class SparseLayout:
             site = Site({role: tensors.read(name) for role, name in names[module].items()}, layout[module].scaling)
             indices, shape = site.tensors["indices"], site.tensors["shape"]
             if site.tensors["values"].dtype not in FLOATS:
-                raise AdapterError(f"{module}: the values are not floats", where=tensors.path)
+                raise AdapterError(
+                    f"{module}: the values are not floats",
+                    where=tensors.path,
+                    remedy="make the adapter again, or copy it again whole",
+                )
             if indices.dtype != np.int64 or shape.dtype != np.int64 or (shape < 1).any():
-                raise AdapterError(f"{module}: indices and shape must be positive int64", where=tensors.path)
+                raise AdapterError(
+                    f"{module}: indices and shape must be positive int64",
+                    where=tensors.path,
+                    remedy="make the adapter again, or copy it again whole",
+                )
             inside = indices[0] >= 0 and indices[-1] < np.prod(shape, dtype=np.float64)
             if not inside or not (indices[1:] > indices[:-1]).all():
-                raise AdapterError(f"{module}: the indices are not ascending within the weight", where=tensors.path)
+                raise AdapterError(
+                    f"{module}: the indices are not ascending within the weight",
+                    where=tensors.path,
+                    remedy="make the adapter again, or copy it again whole",
+                )
             return site
 
         return Opened(layout, read, others)

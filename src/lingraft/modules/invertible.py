@@ -326,7 +326,10 @@ class InvertibleModel(BaseTuner):
             )
         widths = {path: _width(_base(modules[path])) for path in paths}
         if len(set(widths.values())) > 1:
-            raise AdapterError(f"one coupling cannot have several widths: {widths}")
+            raise AdapterError(
+                f"one coupling cannot have several widths: {widths}",
+                remedy="choose layers of one width: adapter.modules",
+            )
         _check_output(model, widths[paths[0]])
         config.target_modules = paths
 

@@ -170,7 +170,10 @@ class SparseLayer(nn.Module, BaseTunerLayer):
     def _make_room(self, adapter_name: str, kind: str, count: int) -> nn.Parameter:
         weight = _changeable(self.get_base_layer(), kind)
         if count > weight.numel():
-            raise AdapterError(f"{count} entries of a {kind} cannot change: it has {weight.numel()}")
+            raise AdapterError(
+                f"{count} entries of a {kind} cannot change: it has {weight.numel()}",
+                remedy="ask for fewer entries: adapter.entries",
+            )
         values = nn.Parameter(torch.zeros(count, dtype=torch.float32))
         self.part(kind, "values")[adapter_name] = values
         self.part(kind, "indices")[adapter_name] = torch.arange(count)
@@ -207,7 +210,10 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             )
         sizes = {tuple(tensors["values"].shape), tuple(indices.shape)}
         if len(sizes) != 1 or indices.dim() != 1 or not len(indices) or not _ascending(indices, weight.numel()):
-            raise AdapterError(f"the adapter's indices are not ascending within the {kind}")
+            raise AdapterError(
+                f"the adapter's indices are not ascending within the {kind}",
+                remedy="make the adapter again, or copy it again whole",
+            )
         held = self.part(kind, "values")
         if adapter_name not in held or len(held[adapter_name]) != len(indices):
             values = self._make_room(adapter_name, kind, len(indices))
@@ -370,7 +376,11 @@ class SparseModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: SparseConfig, model_config: dict[str, Any]) -> SparseConfig:
         modules = peft_config.modules
         if not modules:
-            raise ConfigError("this says of no weight how many of its entries change", where="entries")
+            raise ConfigError(
+                "this says of no weight how many of its entries change",
+                where="entries",
+                remedy="set adapter.entries, such as adapter.entries=10000",
+            )
         if peft_config.target_modules is None:
             peft_config.target_modules = sorted(modules)
         if not isinstance(peft_config.target_modules, str):

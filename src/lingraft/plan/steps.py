@@ -53,6 +53,12 @@ class Step:
         """24 hexadecimal digits of the hash of all that can change the result."""
         return digest_value(self.identity(), 24)
 
+    @property
+    def sort(self) -> str:
+        """What it has in common with steps that take about as long."""
+        what = ("reference", "second", "projected") if self.kind == "train" else ()
+        return f"{self.kind}/{next((name for name in what if name in self.config), self.config.get('split', ''))}"
+
     def identity(self) -> dict[str, Any]:
         """What the key hashes; also the step's record."""
         return {

@@ -1,47 +1,19 @@
-"""Figures for the report, with matplotlib (the `report` extra)."""
+"""Figures beside the report, as files of their own, with Altair and vl-convert (the `report` extra)."""
 
-import io
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-from lingraft.escaping import one_line
 from lingraft.replacing import write_text
+from lingraft.report.page.charts import PLAIN, curves, names_apart
+from lingraft.report.page.weights import curve_rows
 from lingraft.report.tables import labelled
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
 
 
 def draw_curves(found: dict[str, Any], path: Path) -> None:
     """Draws the λ curves of a run's results: gold log-likelihood on the development languages, the chosen points marked."""
-    # Names are text, and no formulas: a dollar sign in one is a dollar sign.
-    plain: dict[Any, Any] = {"text.parse_math": False, "text.usetex": False}
-    with plt.rc_context({"svg.hashsalt": "lingraft", "font.size": 10, **plain}):
-        figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-        for name, selection in labelled(found).items():
-            curve = selection["curve"]
-            if not curve:
-                continue
-            weights, values = [p["weight"] for p in curve], [p["gold_log_likelihood"] for p in curve]
-            (line,) = axes.plot(
-                weights, values, marker="o", markersize=3, label=one_line(found["methods"][name]["title"])
-            )
-            best = next(p for p in curve if p["weight"] == selection["weight"])
-            axes.plot(
-                best["weight"],
-                best["gold_log_likelihood"],
-                marker="o",
-                markersize=9,
-                fillstyle="none",
-                color=line.get_color(),
-            )
-        axes.set_xlabel("weight λ (ring: chosen)")
-        axes.set_ylabel("mean gold log-likelihood, nats")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
-        drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
-        plt.close(figure)
-    write_text(path, drawn.getvalue())
+    chosen = {name: selection for name, selection in labelled(found).items() if selection["curve"]}
+    titles = names_apart([found["methods"][name]["title"] for name in chosen])
+    rows = [
+        row for title, selection in zip(titles, chosen.values(), strict=True) for row in curve_rows(title, selection)
+    ]
+    write_text(path, curves(rows, titles, 640, palette=PLAIN))

@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 
 from lingraft.digests import digest_bytes
-from lingraft.errors import Damaged, StoreError, UserError
+from lingraft.errors import UserError
 from lingraft.methods import method
-from lingraft.predictions import item_values, read_scores
+from lingraft.predictions import read_scores
 from lingraft.remote import shown, url_of
-from lingraft.significance import mean_interval, paired_test, statistic_interval
+from lingraft.report.readings import Readings, opened
+from lingraft.significance import mean_interval, mean_intervals, paired_tests, statistic_interval
 from lingraft.store import Store, open_store, read_json
 
 BASELINE, CEILING = "eng-ft", "tgt-ft"
 UNFUSED = "translate-train"
 """What second stages are measured against: the same training, in which nothing is mixed."""
+MANIFEST = "manifest.json"
 FORMAT = 2
 """Of the manifest."""
 _STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hdfs", "memory")
@@ -33,39 +35,29 @@ def results(run: Path) -> dict[str, Any]:
         run: The run's folder, which holds `manifest.json`.
 
     Returns:
-        `metric`, what a `value` is; `languages`, `methods` (per method: per language, `average` over all targets that have data and
-        over each of the `groups`, with `value`, difference to Eng-FT with interval and p, gap closed, and below `also` every
-        other figure), `selections` (per method, for all targets or per target), `references`, `absent`, and the experiment.
-        Second stages have their difference to the one without fusion below `against_unfused`.
+        `metric`, what a `value` is; `languages`, `methods` (per method: per language, `average` over all targets that have
+        data and over each of the `groups`, with `value`, difference to Eng-FT with interval and p, gap closed, and below
+        `also` every other figure), `selections` (per method, for all targets or per target), `references`, `absent`, and the
+        experiment. Second stages have their difference to the one without fusion below `against_unfused`.
 
     Raises:
         UserError: This is not a run, or it is not finished.
     """
-    path = run / "manifest.json"
-    if not path.is_file():
-        raise UserError(
-            "this folder is not a finished run", where=run, remedy="give the --out folder of `lingraft run`"
-        )
-    manifest = read_json(path)
-    if manifest.get("format") != FORMAT:
-        raise UserError(
-            "this run was written by another version of lingraft",
-            where=run,
-            remedy="give its `lingraft run` command again: what is finished is kept",
-        )
-    store, experiment = store_of(run, manifest), manifest["experiment"]
+    manifest = manifest_of(run)
+    experiment = manifest["experiment"]
     cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for cell in manifest["cells"]:
         cells.setdefault((cell["method"], cell["language"]), []).append(cell)
-    metric = manifest.get("metric", "accuracy")
-    right = {key: _right(store, group, metric) for key, group in cells.items()}
+    metric = metric_of(manifest)
+    store = opened(run, store_of(run, manifest), metric)
+    right = {key: _right(store, group) for key, group in cells.items()}
     # Those without data anywhere have a row too, which says so.
     asked = [method(name).name for name in experiment.get("methods", ())]
     names = dict.fromkeys([*asked, *(name for name, _ in cells)])
     experiment = _with_data(experiment, {language for _, language in cells})
     table = {name: _method(name, metric, experiment, cells, right, store) for name in names}
     return {
-        "manifest": digest_bytes(path),
+        "manifest": digest_bytes(run / MANIFEST),
         "name": experiment["name"],
         "metric": metric,
         "experiment": manifest["experiment"],
@@ -79,12 +71,37 @@ def results(run: Path) -> dict[str, Any]:
         "methods": table,
         "selections": _selections(manifest["selections"], store),
         "references": [
-            {k: c[k] for k in ("language", "seed")} | read_json(_file(store, c["path"]))
-            for c in manifest["comparisons"]
+            {k: c[k] for k in ("language", "seed")} | read_json(store.file(c["path"])) for c in manifest["comparisons"]
         ],
         "absent": manifest["absent"],
         "adapters": _adapters(manifest, store),
     }
+
+
+def manifest_of(run: Path) -> dict[str, Any]:
+    """What a finished run wrote for its report.
+
+    Raises:
+        UserError: This is not a run, or it is not finished, or another version of lingraft wrote it.
+    """
+    path = run / MANIFEST
+    if not path.is_file():
+        raise UserError(
+            "this folder is not a finished run", where=run, remedy="give the --out folder of `lingraft run`"
+        )
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            "this run was written by another version of lingraft",
+            where=run,
+            remedy="give its `lingraft run` command again: what is finished is kept",
+        )
+    return manifest
+
+
+def metric_of(manifest: dict[str, Any]) -> str:
+    """What a run's answers are measured by."""
+    return str(manifest.get("metric", "accuracy"))
 
 
 def store_of(run: Path, manifest: dict[str, Any]) -> Store:
@@ -97,26 +114,6 @@ def store_of(run: Path, manifest: dict[str, Any]) -> Store:
             remedy="a report reads folders and " + ", ".join(_STORES) + "; fetch the store, and run again with it",
         )
     return open_store(where if url_of(where) else run.absolute() / where)
-
-
-def _folder(store: Store, place: str) -> Path:
-    """The folder of a step by its place in the manifest, whose files are what they were when it was finished.
-
-    Raises:
-        StoreError: They are not, or there is none.
-    """
-    kind, _, key = place.partition("/")
-    try:
-        return store.folder(kind, key)
-    except Damaged as error:
-        raise StoreError(
-            error.what, where=error.where, remedy="give the `lingraft run` command again: it is made anew"
-        ) from error
-
-
-def _file(store: Store, place: str) -> Path:
-    folder, _, name = place.rpartition("/")
-    return _folder(store, folder) / name
 
 
 def _samples(right: "Answered") -> dict[str, dict[str, int]]:
@@ -139,7 +136,7 @@ def _with_data(experiment: dict[str, Any], languages: set[str]) -> dict[str, Any
     }
 
 
-def _adapters(manifest: dict[str, Any], store: Store) -> list[dict[str, Any]]:
+def _adapters(manifest: dict[str, Any], store: Readings) -> list[dict[str, Any]]:
     names = {c["method"] for c in manifest["cells"]}
     made = {name for name in names if method(name).adapter in ("graft", "second") and not name.startswith("control")}
     return [
@@ -154,16 +151,16 @@ def _adapters(manifest: dict[str, Any], store: Store) -> list[dict[str, Any]]:
     ]
 
 
-def _adapter(store: Store, place: str) -> Path:
+def _adapter(store: Readings, place: str) -> Path:
     """Where an adapter is; one that is elsewhere is fetched. Figures do not need it, so it is not read here."""
-    return _folder(store, place) if store.remote else store.path(*place.split("/", 1))
+    return store.folder(place) if store.store.remote else store.store.path(*place.split("/", 1))
 
 
-def _selections(entries: Sequence[dict[str, Any]], store: Store) -> dict[str, Any]:
+def _selections(entries: Sequence[dict[str, Any]], store: Readings) -> dict[str, Any]:
     """The choices of λ by method: one for all targets, or below `by_language` one for each."""
     found: dict[str, Any] = {}
     for entry in entries:
-        chosen = read_json(_file(store, entry["path"]))
+        chosen = read_json(store.file(entry["path"]))
         if entry["language"] is None:
             found[entry["method"]] = chosen
         else:
@@ -189,11 +186,13 @@ Answered = dict[tuple[str, str], _Answers]
 """By method and language."""
 
 
-def _right(store: Store, group: Sequence[dict[str, Any]], metric: str) -> _Answers:
+def _right(store: Readings, group: Sequence[dict[str, Any]]) -> _Answers:
     ids: list[str] = []
     columns: list[list[float]] = []
+    first = min(cell["seed"] for cell in group)
     for cell in group:
-        values = item_values(_folder(store, cell["predict"]), _folder(store, cell["score"]), metric)
+        # The lowest seed's answers are those that are shown.
+        values = store.values(cell["predict"], cell["score"], keep=cell["seed"] == first)
         ids = sorted(values)
         columns.append([values[name] for name in ids])
     return _Answers(ids, [cell["seed"] for cell in group], np.array(columns).T)
@@ -205,20 +204,21 @@ def _method(
     experiment: dict[str, Any],
     cells: dict[tuple[str, str], list[dict[str, Any]]],
     right: Answered,
-    store: Store,
+    store: Readings,
 ) -> dict[str, Any]:
     languages: dict[str, Any] = {}
-    for language in [experiment["source"], *experiment["targets"]]:
-        if (name, language) not in cells:
-            continue
-        scores = [read_scores(_folder(store, cell["score"])) for cell in cells[name, language]]
+    here = [code for code in (experiment["source"], *experiment["targets"]) if (name, code) in cells]
+    intervals = mean_intervals([right[name, code].mean() for code in here])
+    compared = _against_baseline(name, [[code] for code in here], right)
+    for language, bounds, against in zip(here, intervals, compared, strict=True):
+        scores = [read_scores(store.folder(cell["score"])) for cell in cells[name, language]]
         values = [s[metric]["value"] for s in scores]
         languages[language] = {
             "value": float(np.mean(values)),
-            "interval": list(mean_interval(right[name, language].mean())),
+            "interval": list(bounds),
             "by_seed": values,
             "also": _also(scores, metric),
-            **_against_baseline(name, [language], right),
+            **against,
         }
     row = method(name)
     return {
@@ -250,7 +250,7 @@ def _together(
     return {
         "value": float(np.mean([languages[t]["value"] for t in targets])),
         "interval": _average_interval(name, targets, right),
-        **_against_baseline(name, targets, right),
+        **_against_baseline(name, [targets], right)[0],
     }
 
 
@@ -277,39 +277,58 @@ def _average_interval(name: str, languages: Sequence[str], right: Answered) -> l
     return None if columns is None else list(mean_interval(columns))
 
 
-def _against_baseline(name: str, languages: Sequence[str], right: Answered) -> dict[str, Any]:
-    """Difference to Eng-FT with interval and p, and the gap closed where Tgt-FT exists; always of the same seeds."""
-    if name == BASELINE or any((m, t) not in right for m in (name, BASELINE) for t in languages):
-        return {}
-    n, seeds = len(languages), right[name, languages[0]].seeds if method(name).adapter != "none" else None
-    found = _difference(name, BASELINE, languages, right)
-    if not found:
-        return {}
-    if method(name).adapter == "second" and name != UNFUSED and all((UNFUSED, t) in right for t in languages):
-        found["against_unfused"] = _difference(name, UNFUSED, languages, right)
-    if name != CEILING and method(name).adapter != "none" and all((CEILING, t) in right for t in languages):
-        ceiling = right[CEILING, languages[0]].seeds
-        four = _aligned([(name, None), (BASELINE, seeds), (CEILING, None), (BASELINE, ceiling)], languages, right)
-        if four is not None:
-            found["gap_closed"] = _gap_closed(four, n)
+def _against_baseline(name: str, lists: Sequence[Sequence[str]], right: Answered) -> list[dict[str, Any]]:
+    """Over each list of languages: the difference to Eng-FT with interval and p, and the gap closed where Tgt-FT exists.
+
+    Always of the same seeds; nothing where there is no Eng-FT, or languages hold items of their own.
+    """
+
+    def all_have(names: Sequence[str], languages: Sequence[str]) -> bool:
+        return all((m, t) in right for m in names for t in languages)
+
+    known = [n for n, languages in enumerate(lists) if name != BASELINE and all_have((name, BASELINE), languages)]
+    found: list[dict[str, Any]] = [{} for _ in lists]
+    for n, difference in zip(known, _differences(name, BASELINE, [lists[n] for n in known], right), strict=True):
+        found[n] = difference
+    known = [n for n in known if found[n]]
+    if method(name).adapter == "second" and name != UNFUSED:
+        some = [n for n in known if all_have((UNFUSED,), lists[n])]
+        for n, difference in zip(some, _differences(name, UNFUSED, [lists[n] for n in some], right), strict=True):
+            found[n]["against_unfused"] = difference
+    if name != CEILING and method(name).adapter != "none":
+        for n in known:
+            if all_have((CEILING,), lists[n]):
+                found[n] |= _gap(name, lists[n], right)
     return found
 
 
-def _difference(name: str, other: str, languages: Sequence[str], right: Answered) -> dict[str, Any]:
-    """How a method differs from another of the same seeds; nothing where languages hold items of their own.
+def _gap(name: str, languages: Sequence[str], right: Answered) -> dict[str, Any]:
+    """The gap closed over some languages; nothing where they hold items of their own."""
+    seeds, ceiling = right[name, languages[0]].seeds, right[CEILING, languages[0]].seeds
+    four = _aligned([(name, None), (BASELINE, seeds), (CEILING, None), (BASELINE, ceiling)], languages, right)
+    return {} if four is None else {"gap_closed": _gap_closed(four, len(languages))}
+
+
+def _differences(name: str, other: str, lists: Sequence[Sequence[str]], right: Answered) -> list[dict[str, Any]]:
+    """How a method differs from another of the same seeds, over each list; nothing where languages hold items of their own.
 
     Items that are not translations of each other cannot be resampled together.
     """
-    seeds = right[name, languages[0]].seeds if method(name).adapter != "none" else None
-    pair = _aligned([(name, None), (other, seeds)], languages, right)
-    if pair is None:
-        return {}
-    differences = pair[:, : len(languages)] - pair[:, len(languages) :]
-    return {
-        "difference": float(differences.mean()),
-        "difference_interval": list(mean_interval(differences)),
-        "p": paired_test(differences),
-    }
+    between: dict[int, Array] = {}
+    for n, languages in enumerate(lists):
+        seeds = right[name, languages[0]].seeds if method(name).adapter != "none" else None
+        pair = _aligned([(name, None), (other, seeds)], languages, right)
+        if pair is not None:
+            between[n] = pair[:, : len(languages)] - pair[:, len(languages) :]
+    values = list(between.values())
+    bounds = dict(zip(between, mean_intervals(values), strict=True))
+    ps = dict(zip(between, paired_tests(values), strict=True))
+    return [
+        {"difference": float(between[n].mean()), "difference_interval": list(bounds[n]), "p": ps[n]}
+        if n in between
+        else {}
+        for n in range(len(lists))
+    ]
 
 
 def _gap_closed(columns: Array, n: int) -> dict[str, Any]:

@@ -8,6 +8,9 @@ from lingraft.escaping import in_csv, in_markdown, one_line
 from lingraft.languages import name_of
 
 NO_DATA = "no data"
+AVERAGE = "average"
+GROUP = "group:"
+"""Before the name of a group of targets, among the marks."""
 METRICS = {"accuracy": "accuracy", "exact_match": "exact match", "rouge_l": "ROUGE-L"}
 """What a task is measured by, and its name in texts."""
 ALSO = {
@@ -40,11 +43,19 @@ def _with_interval(cell: dict[str, Any] | None) -> str:
     return f"{percent(cell['value'])} [{percent(low)}, {percent(high)}]"
 
 
-def _difference(cell: dict[str, Any] | None) -> str:
+def _marks(found: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    from lingraft.report.headline import marks  # What only prints lists starts without numpy.
+
+    return marks(found)
+
+
+def _difference(cell: dict[str, Any] | None, mark: dict[str, Any] | None = None) -> str:
+    """A difference with its interval, and a star where it is significant among all that were tested."""
     if not cell or "difference" not in cell:
         return "–"
     low, high = cell["difference_interval"]
-    return f"{100 * cell['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    star = "*" if mark and mark["significant"] else ""
+    return f"{100 * cell['difference']:+.1f}{star} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def _gap(cell: dict[str, Any] | None) -> str:
@@ -95,13 +106,15 @@ def also_tables(found: dict[str, Any]) -> list[tuple[str, Table]]:
 def average_table(found: dict[str, Any], group: str | None = None) -> Table:
     """Methods: the average over the target languages or a group of them, the difference to Eng-FT, and the gap closed."""
     rows: list[list[str]] = []
-    for method in found["methods"].values():
+    marked, where = _marks(found), AVERAGE if group is None else f"{GROUP}{group}"
+    for name, method in found["methods"].items():
         average = method["average"] if group is None else method["groups"][group]
         shown = _with_interval(average) if average else "–"
         p = p_value((average or {}).get("p"))
         unfused = (average or {}).get("against_unfused") or {}
         more = [_difference(unfused), p_value(unfused.get("p"))] if unfused else ["", ""]
-        rows.append([method["title"], shown, _difference(average), p, _gap(average), *more])
+        difference = _difference(average, marked.get(name, {}).get(where))
+        rows.append([method["title"], shown, difference, p, _gap(average), *more])
     header = ["method", f"average of {group or 'targets'}", "against Eng-FT", "p", "gap closed"]
     fused = any(row[-2] for row in rows)
     closed = any(row[4] not in ("", "–") for row in rows)
@@ -119,9 +132,13 @@ def average_tables(found: dict[str, Any]) -> list[Table]:
 
 def difference_table(found: dict[str, Any]) -> Table:
     """Methods × target languages: the difference to Eng-FT, in points, with its 95 % interval."""
+    marked = _marks(found)
     rows = [
-        [method["title"], *(_difference(method["languages"].get(code)) for code in found["targets"])]
-        for method in found["methods"].values()
+        [
+            method["title"],
+            *(_difference(method["languages"].get(code), marked.get(name, {}).get(code)) for code in found["targets"]),
+        ]
+        for name, method in found["methods"].items()
         if any("difference" in method["languages"].get(code, {}) for code in found["targets"])
     ]
     return ["against Eng-FT", *map(name_of, found["targets"])], rows
@@ -193,6 +210,7 @@ def notes(found: dict[str, Any]) -> list[str]:
         said.append(
             "Where a method's name says by what, its λ was chosen for each target by itself, without a label in any."
         )
+    said += _starred(found)
     for name, counts in found.get("samples", {}).items():
         few, most = sorted({min(counts.values()), max(counts.values())}), max(found["items"].values())
         said.append(
@@ -211,6 +229,18 @@ def notes(found: dict[str, Any]) -> list[str]:
     if found["chance_and_size_warning"]:
         said.append(found["chance_and_size_warning"])
     return said
+
+
+def _starred(found: dict[str, Any]) -> list[str]:
+    """What the stars mean, and that p is of one comparison alone; nothing where none was made."""
+    tested = [where for of in _marks(found).values() for where in of]
+    together = sum(where == AVERAGE or where.startswith(GROUP) for where in tested)
+    if not tested:
+        return []
+    return [
+        "p is of one comparison; a star stands where it is below .05 after Holm's adjustment, for "
+        f"{len(tested) - together} differences of methods and languages, and for {together} of averages by themselves."
+    ]
 
 
 def _chosen_on(found: dict[str, Any], development: list[str], where: str) -> str:

@@ -17,13 +17,17 @@ def squad_rows(path: Path) -> list[Row]:
     """
     value = parse_json(read_text(path), path)
     if not isinstance(value, dict) or not isinstance(value.get("data"), list):
-        raise DataError("this is not SQuAD's form (there is no list 'data')", where=path)
+        raise DataError(
+            "this is not SQuAD's form (there is no list 'data')",
+            where=path,
+            remedy="give a file in the form of SQuAD 1.1, or declare the task's fields for rows",
+        )
     rows = [
         row_of({**question, "title": title, "context": context}, f"{path}, item {question['id']}")
         for title, context, question in _questions(value["data"], path)
     ]
     if not rows:
-        raise DataError("this file has no questions", where=path)
+        raise DataError("this file has no questions", where=path, remedy="give a file that has some")
     return rows
 
 
@@ -37,7 +41,11 @@ def _questions(articles: list[Any], path: Path) -> Iterator[tuple[str, str, dict
                     place = f"{path}, article {number}, after item {question['id']}"
                     yield article.get("title", ""), paragraph["context"], question
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"this is not SQuAD's form ({type(error).__name__}: {error})", where=place) from None
+        raise DataError(
+            f"this is not SQuAD's form ({type(error).__name__}: {error})",
+            where=place,
+            remedy="correct the entry: paragraphs have a context and qas, qas an id, a question and answers",
+        ) from None
 
 
 def numbered_rows(path: Path) -> list[Row]:
@@ -52,7 +60,9 @@ def numbered_rows(path: Path) -> list[Row]:
             values = text.rstrip("\r").split("\t")
             if len(values) != 2:
                 raise DataError(
-                    f"this line has {len(values)} columns, not a question and a number", where=f"{path}:{line}"
+                    f"this line has {len(values)} columns, not a question and a number",
+                    where=f"{path}:{line}",
+                    remedy="write the question, a tab, and the number",
                 )
             rows.append(Row(dict(zip(("question", "number"), values, strict=True)), f"{path}:{line}"))
     return rows
@@ -80,7 +90,9 @@ def exemplar_rows(path: Path) -> list[Row]:
         ]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
-            f"this file does not hold MGSM's exemplars ({type(error).__name__}: {error})", where=path
+            f"this file does not hold MGSM's exemplars ({type(error).__name__}: {error})",
+            where=path,
+            remedy="download exemplars.py of MGSM again",
         ) from None
 
 
@@ -99,4 +111,6 @@ def _literals(text: str, path: Path) -> dict[str, Any]:
         RecursionError,
         MemoryError,
     ) as error:  # Parsing nests as deeply as what is read.
-        raise DataError(f"these are not literals ({error})", where=path) from None
+        raise DataError(
+            f"these are not literals ({error})", where=path, remedy="download exemplars.py of MGSM again"
+        ) from None

@@ -51,7 +51,11 @@ def paired(
     for side, ids in (("items", mine), ("counterparts", theirs)):
         name, times = next(iter(Counter(ids).most_common(1)), ("", 0))
         if times > 1:
-            raise DataError(f"the id '{name}' stands {times} times among the {side}", where=what)
+            raise DataError(
+                f"the id '{name}' stands {times} times among the {side}",
+                where=what,
+                remedy="give every item an id of its own",
+            )
     if numbered is None:
         numbered = _places(mine) and _places(theirs)
     if numbered and len(mine) != len(theirs):
@@ -99,7 +103,11 @@ def concatenated(example: Example) -> Example:
     """
     source = example.source
     if source is None:
-        raise DataError("this item has no counterpart to be put together with", where=example.id)
+        raise DataError(
+            "this item has no counterpart to be put together with",
+            where=example.id,
+            remedy="add the item to the source's file, with the same id, or set translation.missing=skip",
+        )
     before = source.prompt + _BETWEEN
     cuttable = example.cuttable and (example.cuttable[0] + len(before), example.cuttable[1] + len(before))
     return replace(

@@ -57,7 +57,11 @@ class HubText:
         """
         for row in self.source.streamed():
             if "text" not in row.fields:
-                raise DataError("this document has no field 'text'", where=row.place)
+                raise DataError(
+                    "this document has no field 'text'",
+                    where=row.place,
+                    remedy="give every document a field named text, or choose another data set: reference.hub",
+                )
             yield from (line.strip() for line in row.fields["text"].split("\n") if line.strip())
 
 

@@ -75,7 +75,11 @@ def _school_problem(row: Row, number: int, answer: str) -> Row:
     reasoning, _, figure = answer.rpartition("####")
     lines = [_CALCULATION.sub("", line).strip() for line in reasoning.strip().split("\n")]
     if not figure.strip():
-        raise DataError("this answer has no number after '####'", where=row.place)
+        raise DataError(
+            "this answer has no number after '####'",
+            where=row.place,
+            remedy="write #### and the number at the end of the answer",
+        )
     figure = figure.strip()
     text = "\n".join([*lines, f"#### {figure}"])
     return with_fields(

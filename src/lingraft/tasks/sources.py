@@ -71,7 +71,7 @@ def read_text(path: Path) -> str:
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError("this line is not UTF-8", where=f"{path}:{line}", remedy="save the file as UTF-8") from None
     if not text.strip():
-        raise DataError("this file is empty", where=path)
+        raise DataError("this file is empty", where=path, remedy="fill it, or leave the language out")
     return text
 
 
@@ -163,16 +163,26 @@ class FileSource:
             header = next(reader)
             rows = [self._table_row(header, values, reader.line_num) for values in reader if values]
         except csv.Error as error:
-            raise DataError(f"this line is malformed ({error})", where=f"{self.path}:{reader.line_num}") from None
+            raise DataError(
+                f"this line is malformed ({error})",
+                where=f"{self.path}:{reader.line_num}",
+                remedy="correct the line: quotes are the usual cause",
+            ) from None
         if not rows:
-            raise DataError("this file has a header and no rows", where=self.path)
+            raise DataError(
+                "this file has a header and no rows", where=self.path, remedy="fill it, or leave the language out"
+            )
         return rows
 
     def _array(self, text: str) -> list[Row]:
         rows = parse_json(text, self.path)
         for number, row in enumerate(rows):
             if not isinstance(row, dict):
-                raise DataError("this element is not a JSON object", where=f"{self.path}, element {number}")
+                raise DataError(
+                    "this element is not a JSON object",
+                    where=f"{self.path}, element {number}",
+                    remedy="give a list of {…}",
+                )
         return [row_of(row, f"{self.path}, element {number}") for number, row in enumerate(rows)]
 
     def _json_row(self, line: str, number: int) -> Row:
@@ -180,17 +190,25 @@ class FileSource:
         try:
             value = bounded.parse(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"this line is not JSON ({error.msg})", where=where) from None
+            raise DataError(
+                f"this line is not JSON ({error.msg})", where=where, remedy="write one {…} a line"
+            ) from None
         except ValueError as error:
-            raise DataError(f"this line is no JSON of a row ({error})", where=where) from None
+            raise DataError(
+                f"this line is no JSON of a row ({error})", where=where, remedy="write one {…} a line"
+            ) from None
         if not isinstance(value, dict):
-            raise DataError("this line is not a JSON object", where=where)
+            raise DataError("this line is not a JSON object", where=where, remedy="write one {…} a line")
         return row_of(value, where)
 
     def _table_row(self, header: list[str], values: list[str], number: int) -> Row:
         where = f"{self.path}:{number}"
         if len(values) != len(header):
-            raise DataError(f"this line has {len(values)} columns, the header {len(header)}", where=where)
+            raise DataError(
+                f"this line has {len(values)} columns, the header {len(header)}",
+                where=where,
+                remedy="quote fields that hold the separator, or correct the line",
+            )
         return Row(dict(zip(header, values, strict=True)), where)
 
 
@@ -362,9 +380,13 @@ def parse_json(text: str, path: Path) -> Any:
     try:
         return bounded.parse(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"this file is not JSON ({error.msg})", where=f"{path}:{error.lineno}") from None
+        raise DataError(
+            f"this file is not JSON ({error.msg})",
+            where=f"{path}:{error.lineno}",
+            remedy="correct the place that is named, or download the file again",
+        ) from None
     except ValueError as error:
-        raise DataError(f"this file is no JSON of rows ({error})", where=path) from None
+        raise DataError(f"this file is no JSON of rows ({error})", where=path, remedy="give a list of {…}") from None
 
 
 def row_of(value: Mapping[Any, Any], place: str) -> Row:

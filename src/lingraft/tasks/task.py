@@ -235,12 +235,20 @@ class Task(ABC):
                 continue
             name = value_of(row, self.id_field) if self.id_field else str(number)
             if name in seen:
-                raise DataError(f"the id '{name}' stands here and at {seen[name]}", where=row.place)
+                raise DataError(
+                    f"the id '{name}' stands here and at {seen[name]}",
+                    where=row.place,
+                    remedy="give every row an id of its own",
+                )
             seen[name] = row.place
             examples.append(self.answered(self._asked(name, row, chosen, language), row, chosen))
         if not examples:
             where = getattr(sources[0], "path", None)
-            raise DataError(f"the task '{self.name}' found no rows for '{language}'", where=where)
+            raise DataError(
+                f"the task '{self.name}' found no rows for '{language}'",
+                where=where,
+                remedy="look at the file and at what the task takes of it (only, languages), or leave the language out",
+            )
         return examples
 
     def _asked(self, name: str, row: Row, chosen: Prompt, language: str) -> Example:

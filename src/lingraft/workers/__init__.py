@@ -8,8 +8,8 @@ from lingraft.plan import Step
 
 Ended = tuple[Step, LingraftError | None]
 """A step that was made, or why it was not."""
-Progress = Callable[[Step, int, int, str], None]
-"""Called with a step that is being made, how much of it is done, of how much, and a note."""
+Progress = Callable[[Step, int, int, str, float | None], None]
+"""Called with a step that is being made, how much of it is done, of how much, a note, and of a training the loss."""
 Notice = Callable[[str], None]
 """Called with what whoever watches should know."""
 

@@ -55,15 +55,15 @@ class Maker:
         self._experiment, self._digest, self._store = experiment, digest, store
         self._folder, self._probe, self._version = folder, probe, version
         self._session: Session | None = None
-        self._progress: tuple[int, int, str] = (0, 0, "")
+        self._progress: tuple[int, int, str, float | None] = (0, 0, "", None)
 
-    def pulse(self) -> tuple[int, int, str]:
-        """A sign of life: how far the step is."""
+    def pulse(self) -> tuple[int, int, str, float | None]:
+        """A sign of life: how far the step is, and of a training the loss."""
         return self._progress
 
     def make(self, group: Sequence[Step]) -> tuple[list[Ended] | LingraftError, list[str]]:
         """Makes steps, and gives what became of each, or why none can be made on this machine, and what was said meanwhile."""
-        self._progress = (0, 0, "")
+        self._progress = (0, 0, "", None)
         said: list[str] = []
         with _hearing(said):
             try:
@@ -103,8 +103,8 @@ class Maker:
             )
         return Session(self._experiment, located, store, self._told)
 
-    def _told(self, done: int, total: int, note: str) -> None:
-        self._progress = (done, total, note)
+    def _told(self, done: int, total: int, note: str, loss: float | None = None, /) -> None:
+        self._progress = (done, total, note, loss)
 
 
 @contextmanager
@@ -453,14 +453,14 @@ class Cluster:
         """What an actor says of itself."""
         pulse, actor.pulse = actor.pulse, None
         try:
-            done, total, note = self._ray.get(pulse)
+            done, total, note, loss = self._ray.get(pulse)
         except self._ray.exceptions.RayError:
             if not actor.group:  # Else its answer says so.
                 self._drop(actor)
             return
         actor.alive = True
         if actor.group:
-            self.progress(actor.group[0], done, total, note)
+            self.progress(actor.group[0], done, total, note, loss)
 
 
 _REMEDY = "see Ray's logs; if it was killed for its memory, raise resources.memory or lower speed.part_tokens"

@@ -38,7 +38,10 @@ class Local:
         self._make(group)
 
     def _make(self, group: Sequence[Step], begun: Begun = lambda steps: None) -> None:
-        self._session.progress = lambda done, total, note: self._progress(group[0], done, total, note)
+        def told(done: int, total: int, note: str, loss: float | None = None, /) -> None:
+            self._progress(group[0], done, total, note, loss)
+
+        self._session.progress = told
         self._ended = make(group, self._session, begun)
 
     def ended(self, seconds: float) -> list[Ended]:

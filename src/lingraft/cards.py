@@ -1,1 +1,0 @@
-"""Model cards: what an adapter is, as its README.md on the hub."""
