@@ -119,8 +119,8 @@ def line(graft: Graft, task: Adapter, divergence: Divergence) -> tuple[Arrays, A
         )
     if graft.space == "literal":
         raise AdapterError(
-            "the printed form jumps at λ = 0, so it is no straight line and its weight cannot be changed in place",
-            remedy="use another space",
+            "space 'literal' (as printed) jumps at λ = 0: it is no straight line, so its weight cannot be changed in place",
+            remedy="use space 'layer' or 'flat', or merge for every weight",
         )
     zero, one = (dict(replace(graft, weight=w).onto(task, divergence).tensors()) for w in (0.0, 1.0))
     start: Arrays = {}

@@ -22,7 +22,7 @@ from typing import Any
 
 from lingraft import bounded
 from lingraft.escaping import in_json, one_line
-from lingraft.replacing import write_text
+from lingraft.replacing import is_half, write_text
 
 FOLDER = "progress"
 POINTS = 120
@@ -41,6 +41,8 @@ _RUNNING = 64
 _SIGN = 5.0
 """Seconds between signs of life, where nothing happens."""
 _PAUSE = 1.0
+_AGAIN = 30.0
+"""Seconds until a folder that took no file is tried again: a disk may be full, or a connection gone, for a while."""
 
 
 @dataclass(frozen=True)
@@ -292,7 +294,7 @@ class Recorder:
         now = time.time()
         about = replace(about, host=socket.gethostname(), pid=os.getpid(), machine=_machine(), began=now, at=now)
         self._board = Board(about)
-        self._changed, self._written = True, 0.0
+        self._changed, self._written, self._next = True, 0.0, 0.0
         self._broken, self._said = "", False
         self._thread: threading.Thread | None = None
 
@@ -325,6 +327,8 @@ class Recorder:
         self._over.set()
         if self._thread is not None:
             self._thread.join(_SIGN)
+            if self._thread.is_alive():  # The disk takes nothing and refuses nothing: it would keep this one, too.
+                return
         elif outcome == "done":
             _clear(self._path)
         else:
@@ -335,13 +339,12 @@ class Recorder:
         self.tell(lambda board, now: None)
 
     def _run(self) -> None:
-        while not self._over.wait(_PAUSE) and not self._broken:
-            if self._changed or time.monotonic() - self._written > _SIGN:
+        while not self._over.wait(_PAUSE):
+            now = time.monotonic()
+            if now >= self._next and (self._changed or now - self._written > _SIGN):
                 self._write()
 
     def _write(self) -> None:
-        if self._broken:
-            return
         with self._lock:
             self._changed, self._written = False, time.monotonic()
             state = replace(self._board.state(self._written), at=time.time())
@@ -352,6 +355,7 @@ class Recorder:
             write_text(self._path, in_json(_bounded({"format": _FORMAT, **asdict(state)})))
         except (OSError, UnicodeError) as error:
             why = getattr(error, "strerror", None) or error
+            self._next = time.monotonic() + _AGAIN
             self._broken = (
                 f"how far the run is cannot be written ({why}): lingraft watch does not see it, nothing else is lost"
             )
@@ -363,6 +367,10 @@ def _clear(own: Path) -> None:
         if path != own and sign(state) in ("over", "gone"):
             with suppress(OSError):
                 path.unlink()
+    with suppress(OSError):
+        for path in own.parent.iterdir():  # Of processes that were killed while they wrote.
+            if is_half(path.name) and time.time() - path.lstat().st_mtime > SILENT:
+                path.unlink()
 
 
 def _bounded(value: Any) -> Any:
@@ -372,7 +380,9 @@ def _bounded(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_bounded(v) for v in value]
     if isinstance(value, str):
-        return value if len(value) <= 400 else value[:399] + "…"
+        # Half a character, as of a path that is not UTF-8, is one that no reader takes.
+        text = value.encode("utf-8", "backslashreplace").decode()
+        return text if len(text) <= 400 else text[:399] + "…"
     if isinstance(value, float):
         return float(f"{value:.6g}") if abs(value) < 1e6 else round(value, 1)
     return value

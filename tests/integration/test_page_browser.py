@@ -248,3 +248,27 @@ def test_what_is_printed_is_light_and_whole(opened: Any) -> None:
     page.emulate_media(media="print")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(250, 249, 246)"
     assert not page.is_visible("nav") and not page.is_visible("#theme")
+
+
+@pytest.mark.parametrize("width", [320, 640, 1280])
+def test_nothing_reaches_beyond_the_page(opened: Any, width: int) -> None:
+    page = opened(viewport={"width": width, "height": 800}).ready()
+    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+
+
+def test_chosen_colours_can_be_read(opened: Any) -> None:
+    page = opened(forced_colors="active", color_scheme="dark").ready()
+    found = axe_api.Axe().run(page, options={"runOnly": ["color-contrast"]})
+    assert [v["id"] for v in found.response["violations"]] == []
+
+
+def test_figures_between_right_and_wrong_are_said(opened: Any, tmp_path: Path) -> None:
+    contents = pages.contents(targets=("sw",), items=3)
+    contents["found"]["metric"] = "rouge_l"
+    contents["examples"]["items"]["sw"]["answers"]["adamergex"]["value"] = [0.251, 0.5, 1.0]
+    contents["examples"]["differ"]["sw"] = [0, 1, 2]
+    path = tmp_path / "graded.html"
+    path.write_text(rendered(contents), encoding="utf-8")
+    judged = opened(path).ready().locator(".judged").all_text_contents()
+    assert {"✗ wrong (25.1)", "✓ right (50.0)", "✓ right"} <= set(judged)

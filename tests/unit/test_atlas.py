@@ -299,7 +299,23 @@ def test_the_atlas_is_kept_until_its_inputs_change(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("lingraft.report.divergences.atlas", lambda _: pytest.fail("computed again"))
     assert divergences(run, results(run)) == first
     monkeypatch.undo()
+    assert json.dumps(divergences(run, results(run))) == json.dumps(first)  # In the same order, too.
+
+    def other(**changed: Any) -> str:
+        return json.dumps({**kept, "atlas": kept["atlas"] | changed})
+
+    cosines = kept["atlas"]["cosines"]
     for text in (
+        other(names=["sw", "<b>"]),
+        other(structure="<script>"),
+        other(layers=[ALL, "<img>"]),
+        other(cosines={**cosines, ALL: [[1.0, "<b>"], ["<b>", 1.0]]}),
+        other(cosines={**cosines, ALL: [[1.0, 1e300], [1e300, 1.0]]}),
+        other(cosines={**cosines, ALL: [[1.0, 0.5], [0.25, 1.0]]}),
+        other(cosines={**cosines, ALL: [[1.0]]}),
+        other(norms={**kept["atlas"]["norms"], ALL: [1.0, -1.0]}),
+        other(norms=[]),
+        other(cosines={ALL: cosines[ALL]}),
         "{",
         "[]",
         json.dumps({"made_of": "another", "atlas": {"says": "old"}}),

@@ -1,6 +1,7 @@
 """Model cards: what a hub reads of them, what a person reads, and what hostile names cannot do to either."""
 
 import json
+import os
 import re
 import warnings
 from dataclasses import replace
@@ -354,6 +355,53 @@ def test_what_a_user_wrote_into_a_card_is_kept(tmp_path: Path):
         assert words.read_text(encoding="utf-8") == mine and verify(place.parent) is None
 
 
+def test_a_report_that_is_killed_loses_nobodys_words_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    found, target = a_run(tmp_path), tmp_path / "run"
+    collect_adapters(found, target)
+    place = target / "adamergex-sw" / CARD
+    place.write_text("my own words", encoding="utf-8")
+    other = write_adapter(tmp_path / "other", 7, shapes=FEW, sidecar={**BASE, "provenance": TASK})
+    with Store(tmp_path / "store").making("merge", "cd", {"what": "other"}) as work:
+        Adapter.load(other).write(work, MERGED)
+    found["adapters"][0]["path"] = str(tmp_path / "store/merge/cd")
+    rename, many = Path.rename, []
+
+    def killed(path: Path, to: Path) -> Path:
+        if path.name.startswith(".adamergex") and to.name == "adamergex-sw":
+            many.append(path)
+            raise SystemExit
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(SystemExit):
+        collect_adapters(found, target)
+    monkeypatch.undo()
+    assert len(many) == 1
+    for path in target.rglob("*"):
+        os.utime(path, (1, 1))
+    for path in target.iterdir():
+        os.utime(path, (1, 1))
+    collect_adapters(found, target)
+    (words,) = place.parent.glob("README.*.md")
+    assert words.read_text(encoding="utf-8") == "my own words" and verify(place.parent) is None
+    assert [p.name for p in target.iterdir()] == ["adamergex-sw"]
+
+
+def test_reports_at_the_same_time_leave_one_whole_copy(tmp_path: Path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    found, target = a_run(tmp_path), tmp_path / "run"
+    cell = found["methods"]["adamergex"]["languages"]["sw"]
+    for turn in range(5):
+        cell["by_seed"] = [turn / 10]
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: collect_adapters(found, target), range(4)))
+        assert verify(target / "adamergex-sw") is None
+        assert [p.name for p in target.iterdir()] == ["adamergex-sw"]
+
+
 def test_copies_made_before_there_were_cards_get_one(tmp_path: Path):
     import shutil
 
@@ -426,6 +474,8 @@ def test_a_second_stages_card_has_code_that_loads_it(tmp_path: Path):
     stage = SecondStage(first, "lora", language="sw")
     folder = write_adapter(tmp_path / "second", 2, sidecar={**BASE, "second": stage.notes()})
     stage.write(folder, {})
+    own = (folder / "stage1" / CARD).read_text("utf-8")
+    assert own == card(Facts(first.config, first.sidecar)) and own.startswith("---\n")
     said = card(Facts(CONFIG, json.loads((folder / "lingraft.json").read_text())))
     lines = [line.partition(" = ")[2] for line in said.splitlines() if line.startswith("model = PeftModel")]
     model = tiny_llama()

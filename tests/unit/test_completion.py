@@ -28,7 +28,7 @@ def completed(*words: str) -> list[str]:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_script_is_clicks_own(shell: str) -> None:
+def test_the_script_is_printed(shell: str) -> None:
     plain = CliRunner().invoke(main, ["completion", shell])
     assert plain.exit_code == 0 and "_LINGRAFT_COMPLETE" in plain.stdout and "lingraft" in plain.stdout
     found = json.loads(CliRunner().invoke(main, ["completion", shell, "--json"]).stdout)
@@ -44,6 +44,38 @@ def test_help_says_where_to_put_it(shell: str) -> None:
 def test_the_script_is_bash() -> None:
     script = CliRunner().invoke(main, ["completion", "bash"]).stdout
     assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).returncode == 0
+
+
+def test_bash_gets_names_as_they_would_be_typed(tmp_path: Path) -> None:
+    for name in ("run one", "run$(touch x)", "run*", "run[1]", "run\ntwo", "run\\b"):
+        (tmp_path / name / "progress").mkdir(parents=True)
+    verb = tmp_path / "bin" / "lingraft"
+    verb.parent.mkdir()
+    verb.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m lingraft "$@"\n')
+    verb.chmod(0o755)
+    script = CliRunner().invoke(main, ["completion", "bash"]).stdout
+    script += (
+        "\nCOMP_WORDS=(lingraft watch r); COMP_CWORD=2; COMPREPLY=(); before=$-\n_lingraft_completion lingraft\n"
+        '[[ $before == $- ]] || echo "options changed"\n'
+        # What is inserted, read again as a shell reads what was typed.
+        'for word in "${COMPREPLY[@]}"; do eval "printf \'%s\\\\n\' $word"; done\n'
+    )
+    env = os.environ | {"PATH": f"{verb.parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash"], input=script, cwd=tmp_path, env=env, text=True, capture_output=True, timeout=60)
+    assert done.stderr == ""
+    assert sorted(done.stdout.splitlines()) == sorted(["run one", "run$(touch x)", "run*", "run[1]", "run\\b"])
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_that_may_not_be_looked_into_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def refused(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    assert completed("watch", "r") == completed("inspect", "r") == ["dir"]
 
 
 def test_verbs_options_and_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

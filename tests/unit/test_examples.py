@@ -189,7 +189,7 @@ def test_predictions_are_read_once_for_figures_and_examples(tmp_path: Path, monk
         return original(self, *args, **more)
 
     monkeypatch.setattr(Path, "read_text", counted)
-    found = results(run)
+    found = results(run, keep=True)
     examples(run, found)
     files = [path for path in read if path.name == PREDICTIONS]
     assert len(files) == len(set(files))

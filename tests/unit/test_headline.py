@@ -9,6 +9,7 @@ import pytest
 
 from lingraft.report.headline import headline, marks, model_name, named_method, p_text
 from lingraft.report.results import results
+from lingraft.report.tables import p_value
 from lingraft.significance import holm
 from tests.unit.test_report import RIGHT, make_run
 
@@ -226,3 +227,83 @@ def test_a_model_in_a_folder_is_called_by_its_name(name: str, shown: str):
 )
 def test_p_values_in_texts(p: float, text: str):
     assert p_text(p) == text
+
+
+@pytest.mark.parametrize(("p", "text"), [(0.04996, "p < .05"), (0.05, "p = .050"), (0.0494, "p = .049")])
+def test_rounding_does_not_carry_p_over_the_level(p: float, text: str):
+    assert p_text(p) == text
+    assert p_value(p) == {"p < .05": "< 0.05", "p = .050": "0.050", "p = .049": "0.049"}[text]
+
+
+# What a sentence must not say.
+
+
+def test_a_method_with_fewer_seeds_is_not_said_to_have_all(tmp_path: Path):
+    right = {"eng-ft": {"sw": [share(9), share(19)]}, "adamergex": {"sw": [share(9)]}}
+    found = ran(tmp_path, right, seeds=[0, 1], seeds_of={"adamergex": [0]})
+    assert any(c.startswith("AdaMergeX's intervals are of one seed") for c in headline(found)["cautions"])
+    assert not any("mean of 2 seeds" in c for c in headline(found)["cautions"])
+
+
+def test_nothing_is_said_of_trainings_where_there_are_none(tmp_path: Path):
+    said = headline(ran(tmp_path, {"vanilla": {"sw": [share(9)]}}))
+    assert not any("trained" in c for c in said["cautions"])
+
+
+def same_adapter(tmp_path: Path, seeds: Sequence[str], grafted: str, curve: bool = True) -> str:
+    points = [{"weight": 0.0, "gold_log_likelihood": -1.0}] if curve else []
+    right = {"eng-ft": {"sw": seeds}, "adamergex": {"sw": [grafted]}}
+    run = make_run(tmp_path, right, chosen={"weight": 0.0, "curve": points}, seeds=[0, 1], targets=["sw"])
+    return headline(results(run))["answer"]
+
+
+def test_one_adapter_of_fewer_seeds_has_not_the_average_of_all(tmp_path: Path):
+    said = same_adapter(tmp_path, [share(10), share(30)], share(10))
+    assert "and so does English fine-tuning of the same seeds: λ = 0 was chosen" in said
+
+
+def test_a_weight_that_was_given_was_not_chosen(tmp_path: Path):
+    assert "λ = 0 was given, so nothing" in same_adapter(tmp_path, [share(10)], share(10), curve=False)
+
+
+def test_what_differs_is_not_said_to_be_one_adapter(tmp_path: Path):
+    said = same_adapter(tmp_path, [share(10)], share(20))
+    assert "one adapter" not in said
+    assert "25.0 points more than English fine-tuning" in said
+
+
+def test_why_there_is_no_difference_is_the_reason(tmp_path: Path):
+    right = {"eng-ft": {"sw": [share(5)]}, "adamergex": {"sw": [share(35)], "vi": [share(35)]}}
+    said = headline(ran(tmp_path, right))["answer"]
+    assert "cannot be told on average (it has no figures in Vietnamese); one by one it is better in 1" in said
+    assert "items of their own" not in said
+
+
+def test_marks_against_another_baseline_are_not_counted(tmp_path: Path):
+    right = {
+        m: {"sw": [share(n)], "vi": [share(n)]} for m, n in (("eng-ft", 5), ("translate-train", 35), ("flare", 35))
+    }
+    said = headline(ran(tmp_path, right, names={"vi": [f"other{n}" for n in range(N)]}))
+    assert said["baseline"] == "translate-train"
+    assert "one by one" not in said["answer"]
+    assert said["answer"].endswith("cannot be told on average (its languages have items of their own).")
+
+
+def test_figures_without_an_average_have_their_unit(tmp_path: Path):
+    right = {"eng-ft": {"sw": [share(9)], "vi": [share(9)]}, "adamergex": {"sw": [share(10)]}}
+    assert headline(ran(tmp_path, right))["answer"].endswith("; its accuracy is 25.0 % in Swahili.")
+
+
+def test_the_end_of_an_interval_is_zero_only_where_it_is(tmp_path: Path):
+    found = ran(tmp_path, {"eng-ft": {"sw": [share(5)]}, "adamergex": {"sw": [share(35)]}})
+    found["methods"]["adamergex"]["average"] |= {"difference": 0.02, "difference_interval": [0.0003, 0.04], "p": 0.03}
+    said = headline(found)
+    assert said["verdict"] == "better"
+    assert "(+0.03 to +4.0, p = .030)" in said["answer"]
+
+
+def test_counts_of_items_are_of_all_languages_or_of_some(tmp_path: Path):
+    right = {m: {"sw": ["1"], "vi": [share(9)]} for m in ("eng-ft", "adamergex")}
+    assert any(
+        c.startswith("In some languages only 1 item was asked") for c in headline(ran(tmp_path, right))["cautions"]
+    )

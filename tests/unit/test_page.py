@@ -8,6 +8,7 @@ import hashlib
 import html.parser
 import io
 import json
+import math
 import re
 import xml.etree.ElementTree as ET
 from typing import Any
@@ -344,6 +345,8 @@ def test_a_method_without_figures_and_a_run_without_an_answer() -> None:
     nothing = dict.fromkeys(("method", "baseline", "value", "interval", "difference", "difference_interval", "p"))
     contents["headline"] |= {**nothing, "verdict": "unknown", "answer": "There are no figures.", "cautions": []}
     assert "No comparison could be made" in Parsed(page(contents)).text
+    contents["headline"] |= {"method": "adamergex", "baseline": "eng-ft"}
+    assert "No comparison on average (Eng-FT)" in Parsed(page(contents)).text  # One by one there may be some.
 
 
 def test_a_papers_figures_stand_beside_when_asked() -> None:
@@ -440,3 +443,54 @@ def test_the_trees_leaves_stand_in_the_order_of_the_atlas() -> None:
         if n.text and n.text in "ABC"
     }
     assert heights["B"] < heights["A"] < heights["C"]
+
+
+def test_files_hold_figures_as_they_are_and_no_formulas() -> None:
+    contents = pages.contents()
+    files = unpacked(Parsed(page(contents)).island("files-data")["gzip"])
+
+    def rows_of(name: str) -> list[dict[str, str]]:
+        return list(csv.DictReader(io.StringIO(files[name])))
+
+    found = contents["found"]
+    (average,) = (row for row in rows_of("averages.csv") if (row["method"], row["over"]) == ("vanilla", "average"))
+    cell = found["methods"]["vanilla"]["average"]
+    assert float(average["accuracy"]) == cell["value"]
+    assert [float(average[n]) for n in ("difference_low", "difference_high")] == cell["difference_interval"]
+    assert float(average["gap_high"]) == cell["gap_closed"]["interval"][1]
+    assert {row["direction"] for row in rows_of("marks.csv")} <= {"better", "worse"}
+    assert rows_of("trainings.csv")[0]["tokens"] == "123456"
+    assert float(rows_of("references.csv")[0]["cosine"]) == found["references"][0]["cosine"]
+    f1 = found["methods"]["vanilla"]["languages"]["sw"]["also"]["macro_f1"]
+    assert float(rows_of("macro_f1.csv")[0]["macro_f1"]) == f1
+
+
+def test_figures_that_are_none_do_not_stop_a_page() -> None:
+    contents = pages.contents(trainings=0)
+    for method in contents["found"]["methods"].values():
+        for cell in method["languages"].values():
+            cell |= {"interval": [math.nan, math.nan], "difference_interval": [math.nan, math.nan]}
+    assert not re.search(r"\bnan\b", Parsed(page(contents)).text)
+
+
+def test_names_of_items_do_not_turn_the_text_around_them() -> None:
+    contents = pages.contents(targets=("sw",), items=2)
+    contents["examples"]["items"]["sw"]["id"][0] = "a\u202eb"
+    assert unpacked(Parsed(page(contents)).island("examples-data")["gzip"])["items"]["sw"]["id"][0] == "a\\u202eb"
+
+
+def test_all_layers_of_the_atlas_are_rounded_alike() -> None:
+    contents = pages.contents(trainings=0)
+    contents["divergences"]["cosines"]["all"][0][1] = contents["divergences"]["cosines"]["all"][1][0] = 0.12496
+    parsed = Parsed(page(contents))
+    assert ">0.12<" in page(contents)
+    assert parsed.island("atlas-data")["cosines"]["all"][0][1] == 0.12
+
+
+def test_a_tree_of_near_equals_is_no_comb() -> None:
+    linkage = [[0.0, 1.0, 0.538, 2], [2.0, 3.0, 0.54, 3], [4.0, 5.0, 0.56, 4]]
+    svg = dendrogram(["a", "b", "c", "d"], [0, 1, 2, 3], linkage, True)
+    assert ">0.55<" in svg
+    assert ">0.2<" not in svg
+    wide = dendrogram(["a", "b", "c"], [0, 1, 2], [[0.0, 1.0, 0.2, 2], [2.0, 3.0, 0.9, 3]], True)
+    assert ">0.0<" in wide

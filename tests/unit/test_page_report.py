@@ -20,6 +20,7 @@ from lingraft.report.figures import draw_curves
 from lingraft.report.page.contents import contents
 from lingraft.report.page.rendering import page
 from lingraft.report.results import results
+from tests.unit.test_atlas import train_steps
 from tests.unit.test_page import Parsed
 from tests.unit.test_report import RIGHT, make_run
 
@@ -70,6 +71,28 @@ def test_the_page_of_a_run_is_the_same_each_time(run: Path, tmp_path: Path) -> N
     for name in ("a.html", "b.html"):
         show_report(run, as_json=True, html=tmp_path / name)
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+def test_the_page_is_the_same_whether_or_not_the_atlas_is_known(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    train_steps(run, ("en", "sw", "vi", "tr"))
+    pages = [page(contents(run)) for _ in range(2)]
+    assert (run / "atlas.json").is_file()
+    assert "Most alike are" in pages[0]
+    assert pages[0] == pages[1]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "results.json", "report.md"])
+def test_no_file_of_the_runs_own_is_replaced(run: Path, name: str) -> None:
+    before = (run / "manifest.json").read_bytes()
+    with pytest.raises(UserError, match="one of the run's own files"):
+        show_report(run, True, html=run / name)
+    assert (run / "manifest.json").read_bytes() == before
+
+
+def test_a_name_that_cannot_be_is_refused_in_words(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be written here"):
+        show_report(run, True, html=tmp_path / ("x" * 300 + ".html"))
 
 
 def test_a_folder_is_refused(run: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lingraft.config import Experiment, load_experiment
 from lingraft.report.provenance import command, experiment_yaml, provenance
+from lingraft.report.readings import harmless
 from lingraft.report.results import results
 from lingraft.store import SEAL, read_json, write_json
 from tests.unit.test_report import make_run
@@ -171,3 +172,17 @@ def test_an_experiment_of_another_version_is_shown_as_it_is(tmp_path: Path):
     assert found["run"]["name"] == "by-hand"
     assert found["command"] == "lingraft run by-hand.yaml --out runs/by-hand"
     json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("train on (/home/me/model)", "train on (model)"),
+        ("read '/data/x y'", "read 'x y'"),
+        ('"C:\\\\me\\\\m"; ~/n', '"m"; n'),
+        ("file:///home/me/x", "x"),
+        ("clm, 1/2 of s3://bucket/x", "clm, 1/2 of s3://bucket/x"),
+    ],
+)
+def test_no_text_says_where_anything_lies_on_a_machine(text: str, left: str):
+    assert harmless(text) == left

@@ -46,8 +46,9 @@ def push(*arguments: Any) -> Result:
 
 def looked_at(folder: Path, *options: str) -> dict[str, Any]:
     result = push(folder, "owner/name", "--dry-run", "--json", *options)
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
+    found = json.loads(result.stdout)
+    assert result.exit_code == (2 if found["refused"] else 0), result.output
+    return found
 
 
 def whats(found: dict[str, Any], kind: str = "refused") -> str:
@@ -223,9 +224,17 @@ def test_a_first_stage_whose_base_is_renamed_still_belongs(tmp_path: Path):
         path.write_bytes(file.content.read_bytes() if isinstance(file.content, Path) else file.content)
     stage = second_stage(Adapter.load(tmp_path / "pushed"))
     assert stage is not None and stage.kind == "lora"
+    assert "README.md" in {p.name for p in (tmp_path / "pushed" / "stage1").iterdir()}
     # A first stage that was another one before is not made to fit.
     rewrite(folder / "stage1", lambda name, tensor: tensor * 2)
     assert "cannot be opened" in "".join(said.what for said in parcel_of(folder, "owner/name").refused)
+
+
+def test_a_path_in_the_card_of_a_part_is_said(adapter: Path):
+    SecondStage(Adapter.load(adapter), "lora", language="sw").write(adapter, {})
+    assert "names a place" not in whats(looked_at(adapter), "warnings")
+    (adapter / "stage1" / CARD).write_text("trained on /home/ann/rows.csv")
+    assert "stage1/README.md names a place" in whats(looked_at(adapter), "warnings")
 
 
 @pytest.mark.parametrize("structure", ["lora", "ia3", "sparse"])
@@ -450,3 +459,17 @@ def test_a_collected_adapter_can_be_pushed(tmp_path: Path):
     assert not found["refused"] and found["card"]["model-index"]
     shutil.rmtree(tmp_path / "store")
     assert looked_at(tmp_path / "run" / "adamergex-sw") == found
+
+
+@pytest.mark.parametrize("token", [TOKEN, TOKEN + "\x01x", TOKEN + "é", TOKEN + " x", "\t" + TOKEN])
+@pytest.mark.parametrize("fails", [{}, {"/api/": 403}])
+def test_a_traceback_shows_no_token(
+    adapter: Path, hub: Hub, token: str, fails: dict[str, int], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setenv("HF_TOKEN", token)
+    hub.fails = fails
+    result = push(adapter, "owner/name", "--debug")
+    assert TOKEN not in result.output and "unexpected" not in result.output, result.output
+    if "é" in token:  # It cannot even be sent.
+        assert result.exit_code == 2 and "hf auth login" in result.stderr

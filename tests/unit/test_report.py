@@ -16,6 +16,7 @@ from lingraft.digests import digest_value
 from lingraft.errors import StoreError, UserError
 from lingraft.metrics import Prediction
 from lingraft.predictions import write_evaluation
+from lingraft.report import readings
 from lingraft.report.results import FORMAT, results
 from lingraft.report.tables import (
     NO_DATA,
@@ -468,3 +469,48 @@ def test_methods_without_data_in_a_language_are_said_in_one_line_and_an_empty_so
     found = results(make_run(tmp_path, right, absent=absent))
     assert "Vanilla, Eng-FT, English: no labelled test data." in notes(found)
     assert language_table(found)[0] == ["method", "Swahili", "Vietnamese"]
+
+
+# Files that somebody else may have written.
+
+
+@pytest.mark.parametrize("name", ["experiment", "backbone", "cells", "selections", "comparisons", "absent", "store"])
+@pytest.mark.parametrize("value", [None, 3, [1], {"a": 1}], ids=repr)
+def test_a_manifest_of_another_shape_is_refused_in_words(tmp_path: Path, name: str, value: Any):
+    run = make_run(tmp_path)
+    manifest = json.loads((run / "manifest.json").read_text())
+    write_json(run / "manifest.json", {**manifest, name: value})
+    with pytest.raises(UserError, match="not one that lingraft wrote"):
+        results(run)
+
+
+@pytest.mark.parametrize("manifest", [[1], "x", {"format": FORMAT}, {"format": FORMAT, "metric": "guesses"}], ids=repr)
+def test_what_is_no_manifest_is_refused(tmp_path: Path, manifest: Any):
+    write_json(tmp_path / "manifest.json", manifest)
+    with pytest.raises(UserError):
+        results(tmp_path)
+
+
+def test_known_results_of_another_shape_are_had_anew(tmp_path: Path):
+    run = make_run(tmp_path)
+    (run / "results.json").write_text("[1]")
+    found = show_report(run, True, fresh=False)
+    assert found is not None
+    assert found["name"] == "by-hand"
+
+
+def test_a_second_report_verifies_the_store_again(tmp_path: Path):
+    run = make_run(tmp_path)
+    results(run)
+    path = next((run / "store" / "predict").rglob("predictions.jsonl"))
+    path.write_text(path.read_text().replace("0", "1"))
+    with pytest.raises(StoreError):
+        results(run)
+
+
+def test_answers_are_kept_only_where_they_are_wanted_again(tmp_path: Path):
+    run = make_run(tmp_path)
+    for keep in (False, True):
+        results(run, keep=keep)
+        (kept,) = readings._LAST.values()
+        assert bool(kept._kept) == keep

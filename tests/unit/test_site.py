@@ -70,6 +70,50 @@ def test_the_search_knows_the_pages(site: Path) -> None:
     assert {"tutorial.html", "algebra.html", "reference/cli.html", "comparison.html"} <= found
 
 
+@pytest.mark.parametrize("name", ["search_index.js", "search_index.json"])
+def test_what_is_written_as_a_sign_is_found_by_its_name(site: Path, name: str) -> None:
+    index = json.loads((site / "search" / name).read_text(encoding="utf-8").removeprefix("var __index = "))
+    words = {
+        entry["location"]: re.split(
+            index["config"]["separator"], re.sub(r"<[^>]+>", " ", f"{entry['title']} {entry['text']}")
+        )
+        for entry in index["docs"]
+    }
+    assert "lambda" in words["how-to/choose-weight.html"]
+    signs = [entry["location"] for entry in index["docs"] if re.search(r"λ(?!\w)", entry["title"] + entry["text"])]
+    assert signs and not [location for location in signs if "lambda" not in words[location]]
+
+
+def test_words_are_found_that_stand_in_brackets_or_behind_dots(site: Path) -> None:
+    script = (site / "search" / "search_index.json").read_text(encoding="utf-8")
+    separator = json.loads(script)["config"]["separator"]
+    assert {"prefix", "epochs", "verify", "0.5"} <= set(re.split(separator, "(prefix) training.epochs, --verify: 0.5"))
+
+
+def test_every_search_has_a_name(site: Path) -> None:
+    """On the page that a server shows for what it does not have, too."""
+    pages = html(site)
+    assert "404.html" in pages
+    assert not [name for name, text in pages.items() if 'role="dialog"' in text.replace('role="dialog" aria-label', "")]
+
+
+def test_sections_and_headers_have_names(site: Path) -> None:
+    for name, text in html(site).items():
+        assert 'aria-labelledby="__nav_' not in text, name
+        assert not re.findall(r"<th[^>]*></th>", text), name
+
+
+def test_tables_that_scroll_can_be_reached_with_the_keyboard(site: Path) -> None:
+    assert not [name for name, text in html(site).items() if "assets/scrolling.js" not in text]
+
+
+def test_results_are_listed_as_they_are_introduced() -> None:
+    listed = site_pages.introduced()
+    assert sorted(listed) == site_pages.results()
+    assert listed[0].name == "sib200-low-high.md"
+    assert listed != site_pages.results()
+
+
 def test_public_names_are_in_the_reference(site: Path) -> None:
     import lingraft
 

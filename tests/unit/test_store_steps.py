@@ -107,6 +107,24 @@ def test_no_flipped_bit_stays_unseen(tmp_path: Path, data: st.DataObject):
     assert shelf.folder("train", "ab") == folder
 
 
+def test_no_flipped_bit_of_a_record_stays_unseen(shelf: Store):
+    path = made(shelf) / RECORD
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        for bit in range(8):
+            content = bytearray(whole)
+            content[at] ^= 1 << bit
+            path.write_bytes(content)
+            said = verify(path.parent)
+            assert (said is None) == (_says(content) == _says(whole)), (at, bit, content[at - 10 : at + 10])
+
+
+@pytest.mark.parametrize("text", ['{"files": {}, "seal": "?", "n": NaN}', '{"files": {}, "seal": "?", "n": "\\udc00"}'])
+def test_a_record_with_what_no_record_has_is_damaged_and_no_crash(shelf: Store, text: str):
+    (made(shelf) / RECORD).write_text(text)
+    assert "its seal does not fit" in str(shelf.check("train", "ab"))
+
+
 def _says(text: bytes) -> object:
     try:
         return json.loads(text)

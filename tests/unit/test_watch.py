@@ -177,6 +177,63 @@ def test_a_folder_that_takes_no_file_is_said_once_and_hurts_nothing(tmp_path: Pa
     assert len(said) == 1 and "cannot be written" in said[0] and "nothing else is lost" in said[0]
 
 
+def test_a_folder_that_takes_files_again_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lingraft import progressing
+
+    monkeypatch.setattr(progressing, "_PAUSE", 0.02)
+    monkeypatch.setattr(progressing, "_AGAIN", 0.05)
+    (tmp_path / FOLDER).write_text("a file")
+    said: list[str] = []
+    writer = recorder(tmp_path, said)
+    writer.start({"train": 1}, {})
+    writer.tell(lambda b, now: b.notice("x"))
+    (tmp_path / FOLDER).unlink()
+    end = time.monotonic() + 5
+    while not states(tmp_path) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert states(tmp_path)[0].notices == ("x",) and len(said) == 1
+    writer.end("done")
+    assert states(tmp_path)[0].outcome == "done" and len(said) == 1
+
+
+def test_a_disk_that_never_answers_keeps_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lingraft import progressing
+
+    monkeypatch.setattr(progressing, "_PAUSE", 0.01)
+    monkeypatch.setattr(progressing, "_SIGN", 0.05)
+    writer = recorder(tmp_path)
+    writer.start({"train": 1}, {})
+    answers = threading.Event()
+    monkeypatch.setattr(progressing, "write_text", lambda *_: answers.wait(10))
+    time.sleep(0.2)
+    began = time.monotonic()
+    writer.end("done")
+    assert time.monotonic() - began < 5
+    answers.set()
+
+
+def test_a_path_that_is_not_utf_8_hides_nothing(tmp_path: Path) -> None:
+    writer = recorder(tmp_path)
+    writer.start({"train": 1}, {})
+    writer.tell(lambda b, now: b.failure("train a", "cannot read /x/\udcff.csv"))
+    writer.end("failed", "cannot read /x/\udcff.csv")
+    (state,) = states(tmp_path)
+    assert state.why == "cannot read /x/\\udcff.csv" and state.failures[0][1] == state.why
+
+
+def test_halves_of_killed_processes_are_cleared_and_those_at_work_are_not(tmp_path: Path) -> None:
+    folder = tmp_path / FOLDER
+    folder.mkdir()
+    old, new = folder / ".a-7.json.0123abcd.half", folder / ".b-8.json.0123abcd.half"
+    for path in (old, new, folder / ".mine.half"):
+        path.write_text("{")
+        os.utime(path, (1, 1) if path != new else None)
+    writer = recorder(tmp_path)
+    writer.start({"train": 1}, {})
+    writer.end("done")
+    assert {p.name for p in folder.iterdir() if p.name.startswith(".")} == {new.name, ".mine.half"}
+
+
 def test_a_new_run_clears_what_ended_ones_left_and_strangers_files_stay(tmp_path: Path) -> None:
     folder = tmp_path / FOLDER
     folder.mkdir()

@@ -1,8 +1,10 @@
 """What mkdocs calls while it builds the site: pages made of the code, links that lead out of docs/, formulas, the drawing."""
 
 import html
+import json
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 import site_formulas
@@ -51,7 +53,7 @@ def on_config(config: Any) -> Any:
 def _more(entry: dict[str, Any]) -> dict[str, Any]:
     (title, below), *_ = entry.items()
     if title == "Results":
-        names = [_places[f"benchmarks/results/{path.name}"] for path in site_pages.results()]
+        names = [_places[f"benchmarks/results/{path.name}"] for path in site_pages.introduced()]
         recipes = [page for origin, page in _places.items() if re.fullmatch(r"recipes/[^/]+/README\.md", origin)]
         return {title: [*below, {"Measured": names}, {"Recipes": recipes}]}
     if title == "Project":
@@ -130,23 +132,50 @@ def _made_here(uri: str) -> dict[str, str]:
 
 def on_page_content(content: str, page: Any, config: Any, files: Files) -> str:
     """Draws formulas, and puts the drawing of the first page into it, so that it has the page's colours."""
-    return _inlined(site_formulas.drawn(content))
+    return re.sub(
+        r"<th([^>]*)></th>", r"<td\1></td>", _inlined(site_formulas.drawn(content))
+    )  # a header says something
 
 
 SHIM = "https://unpkg.com/iframe-worker/shim"
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:
-    """Has the page load the search's worker for folders from beside it, and names the search for those who do not see it."""
-    output = output.replace(SHIM, site_links.relative("assets/worker.js", page.file.dest_uri))
-    return output.replace(
-        'data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"'
-    )
+    """Has the page load the search's worker for folders from beside it, and names its parts."""
+    return _named(output.replace(SHIM, site_links.relative("assets/worker.js", page.file.dest_uri)))
 
 
 def on_post_template(output_content: str, template_name: str, config: Any) -> str:
     """The same on the page that a server shows for what it does not have, whose addresses begin at the site's root."""
-    return output_content.replace(SHIM, "/assets/worker.js")
+    return _named(output_content.replace(SHIM, "/assets/worker.js"))
+
+
+SECTION = re.compile(
+    r'aria-labelledby="(__nav_[0-9_]+)_label"([^>]*>\s*<label class="md-nav__title" for="\1">\s*<span [^>]*></span>\s*)([^<]+)'
+)
+
+
+def _named(output: str) -> str:
+    """Names what the theme leaves without a name for those who do not see it: the search, and sections that are pages, too."""
+    search = 'data-md-component="search" role="dialog"'
+    output = output.replace(search, f'{search} aria-label="Search"')
+    return SECTION.sub(lambda found: f'aria-label="{found[3].strip()}"{found[2]}{found[3]}', output)
+
+
+def on_post_build(config: Any) -> None:
+    """Has the search find what is written λ by its name, too, in the index for servers and in the one for folders."""
+    for path in sorted((Path(config.site_dir) / "search").glob("search_index.js*")):
+        before, _, index = path.read_text(encoding="utf-8").rpartition("var __index = ")
+        start = "var __index = " if path.suffix == ".js" else ""
+        tree = json.loads(index)
+        for entry in tree["docs"]:
+            entry.update({field: _spelled(entry[field]) for field in ("title", "text")})
+        path.write_text(before + start + json.dumps(tree, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+
+
+def _spelled(text: str) -> str:
+    """The first λ of a text with its name behind it."""
+    return text if re.search(r"\blambda\b", text) else re.sub(r"λ(?!\w)", "λ (lambda)", text, count=1)
 
 
 def _inlined(content: str) -> str:

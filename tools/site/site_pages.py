@@ -281,6 +281,13 @@ def results() -> list[Path]:
     return sorted((ROOT / "benchmarks" / "results").glob("*.md"))
 
 
+def introduced() -> list[Path]:
+    """The pages of results in the order in which their first page introduces them; what it does not name comes last."""
+    text = (ROOT / "docs" / "results" / "index.md").read_text(encoding="utf-8")
+    places = {path: text.find(f"benchmarks/results/{path.name})") for path in results()}
+    return sorted(places, key=lambda path: (places[path] < 0, places[path]))
+
+
 COMMIT = re.compile(r"\b(?=[0-9a-f]*[0-9])[0-9a-f]{7}\b")
 MACHINE = re.compile(r"(?:\b(?:loaded )?2[- ]cores?(?: of(?: an)?)?|\btwo cores\)?)\s*\(?\s*AMD EPYC", re.DOTALL)
 

@@ -255,7 +255,7 @@ def inspect_folders(folders: Sequence[Path], as_json: bool) -> dict[str, Any] | 
     for entry in described:
         lines(["", entry["path"]], _shown(entry), console)
     if alike:
-        head = ["layer", "cosine", "norm", "norm"]
+        head = ["layer", "cosine", "norm of the first", "of the second"]
         rows = [["all", _cosine(alike["cosine"]), *(f"{n:.4g}" for n in alike["norms"])]]
         rows += [
             [layer, _cosine(c), *(f"{n:.4g}" for n in alike["norms_by_layer"][layer])]
@@ -353,10 +353,24 @@ _READS = {
 }
 
 
+def _said(value: Any, within: bool = False) -> str:
+    """A value for people: figures to four digits, a mapping a line each, what is empty left out."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        told = {str(key): _said(held, within=True) for key, held in value.items() if held not in (None, {}, [], "")}
+        return ("; " if within else "\n").join(f"{key}: {text}" for key, text in told.items())
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
 def _shown(entry: dict[str, Any]) -> list[list[str]]:
     """A description as rows for people."""
     hidden = ("path", "norm_by_layer", "second", "first_stage")
-    rows = [[k, str(v)] for k, v in entry.items() if k not in hidden and v is not None]
+    rows = [
+        ["sites by rank" if k == "ranks" else k.replace("_", " "), _said(v)]
+        for k, v in entry.items()
+        if k not in hidden and v is not None
+    ]
     if (notes := entry.get("second")) is None:
         return rows
     unused = () if notes.get("kind") == "fused-mt" else ("encoder", "encoder_revision")

@@ -9,6 +9,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from lingraft.cards import CARD, Facts, Score, card
 from lingraft.digests import digest_bytes, digest_value
 from lingraft.errors import AdapterError, LingraftError, StoreError, UserError
 from lingraft.layouts.common import CONFIG, WEIGHTS, read_config, read_sidecar
+from lingraft.leases import is_older
 from lingraft.store import RECORD, SEAL, content_hashes, read_json, verify, write_json
 
 COLLECTED = "collected"
 """In a copy's record: the digest of the step's."""
+_STRAY = 600.0
+"""Seconds after which what is being copied is taken for left behind."""
 
 
 def collect_adapters(found: dict[str, Any], target: Path) -> None:
@@ -40,25 +44,47 @@ def collect_adapters(found: dict[str, Any], target: Path) -> None:
         # A run's folder may be somebody else's: what is removed and written below must be in it.
         if not re.fullmatch(r"[A-Za-z][\w-]*", name, re.ASCII) or target.is_symlink():
             raise UserError(f"an adapter of this run cannot be called {name!r}", where=target, remedy="run it again")
-        final, partial = target / name, target / f".{name}.{secrets.token_hex(4)}"
+        final, left = target / name, _left(target, name)
+        partial, before = (target / f".{name}.{secrets.token_hex(4)}" for _ in range(2))
         source = Path(entry["path"])
         text = _card(source, entry, found)
         if _is_current(final, source, text):
+            for folder in left:
+                _remove(folder)
             continue
         if wrong := verify(source):
             raise StoreError(wrong, where=source, remedy="give the `lingraft run` command again: it is made anew")
         try:
             shutil.copytree(source, partial)
             if text is not None:
-                _add_card(partial, source, text, _own_words(final))
-            shutil.rmtree(final, ignore_errors=True)
+                words: dict[str, bytes] = {}
+                for folder in (*left, final):
+                    words |= _own_words(folder)
+                _add_card(partial, source, text, words)
+            # Set aside whole: a process that is killed in between has lost nobody's words.
+            with suppress(FileNotFoundError):
+                final.rename(before)
             try:
                 partial.rename(final)
             except OSError:
                 if not (final / RECORD).is_file():  # Else another run of the same was faster.
                     raise
+            for folder in (*left, before):
+                _remove(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _left(target: Path, name: str) -> list[Path]:
+    """What reports that were killed have left of a copy; of one that may be at work nothing is taken."""
+    found = [p for p in sorted(target.glob(f".{name}.*")) if re.fullmatch(r"\.[\w-]+\.[0-9a-f]{8}", p.name, re.ASCII)]
+    return [path for path in found if path.is_dir() and not path.is_symlink() and is_older(path, _STRAY)]
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_current(final: Path, source: Path, text: str | None) -> bool:

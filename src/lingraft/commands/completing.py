@@ -1,6 +1,7 @@
 """`lingraft completion`, and what completes the values of options and arguments. Nothing here imports torch."""
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,12 @@ import click
 from click.shell_completion import CompletionItem, get_completion_class
 
 Values = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
+_QUOTED = {
+    "local IFS=$'\\n'": "local IFS=$'\\n' -; set -f",
+    "IFS=',' read type value": "IFS=',' read -r type value",
+    "COMPREPLY+=($value)": 'printf -v value %q "$value"; COMPREPLY+=("$value")',
+}
+"""In click's script for bash: names are inserted as they would be typed, be there spaces, `*` or `$(…)` in them."""
 _MOST = 500
 """Folders that are looked into."""
 
@@ -23,6 +30,8 @@ def show_script(shell: str, as_json: bool) -> dict[str, Any] | None:
     complete = kind(click.Command("lingraft"), {}, "lingraft", "_LINGRAFT_COMPLETE")
     # Without click's own look at the version of bash, which would start it.
     script = complete.source_template % complete.source_vars()
+    for as_it_is, quoted in _QUOTED.items():
+        script = script.replace(as_it_is, quoted)
     if as_json:
         return {"shell": shell, "script": script}
     click.echo(script)
@@ -77,10 +86,17 @@ def _folders(is_one: Callable[[Path], bool]) -> Values:
     """Completes folders: those that are meant; where there is none yet, any that may lead to one."""
 
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        found = [path for path, is_folder in _entries(incomplete) if is_folder and is_one(Path(path))]
+        found = [path for path, is_folder in _entries(incomplete) if is_folder and _holds(path, is_one)]
         return [CompletionItem(path) for path in found] or [CompletionItem(incomplete, type="dir")]
 
     return complete
+
+
+def _holds(path: str, is_one: Callable[[Path], bool]) -> bool:
+    try:
+        return is_one(Path(path))
+    except OSError:  # A folder that may not be looked into.
+        return False
 
 
 def _entries(incomplete: str) -> list[tuple[str, bool]]:
@@ -91,6 +107,8 @@ def _entries(incomplete: str) -> list[tuple[str, bool]]:
             found = sorted((entry.name, entry.is_dir()) for entry in entries if entry.name.startswith(start))
     except OSError:
         return []
+    # What a shell is given are lines: a name of several would be several.
+    found = [entry for entry in found if not re.search(r"[\r\n]", entry[0])]
     shown = [entry for entry in found if start.startswith(".") or not entry[0].startswith(".")]
     return [(os.path.join(head, name), is_folder) for name, is_folder in shown[:_MOST]]  # noqa: PTH118
 

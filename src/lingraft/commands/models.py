@@ -89,7 +89,9 @@ def _check_speed(speed: SpeedConfig, family: str, second: str | None) -> None:
         UserError: There is some of it.
     """
     if "together" in speed.model_fields_set:
-        raise UserError("speed.together: one adapter is trained here", remedy="leave it out, or give an experiment")
+        raise UserError(
+            "speed.together: one adapter is trained here", remedy="leave it out: lingraft run trains several"
+        )
     lost = speed.lost_behind_prefixes
     if lost and (family == "prefix" or second in ("fused", "fused-mt", "mixup")):
         why = "--adapter prefix" if family == "prefix" else f"--second {second}"

@@ -112,7 +112,7 @@ def parcel_of(folder: Path, repository: str) -> Parcel:
     _look_at_numbers(found, folder, parcel)
     _look_at_record(found, folder, parcel)
     texts = _texts(found, folder, parcel)
-    _look_at_card(texts, folder, parcel)
+    _look_at_card(found, texts, folder, parcel)
     for name in dict.fromkeys([*found, *texts]):
         content = texts.get(name, folder / name)
         if isinstance(content, Path):
@@ -318,7 +318,7 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(entry)
 
 
-def _look_at_card(texts: dict[str, bytes], folder: Path, parcel: Parcel) -> None:
+def _look_at_card(found: list[str], texts: dict[str, bytes], folder: Path, parcel: Parcel) -> None:
     """The card: one is made of the notes where there is none; it needs a licence, and says nothing of this machine."""
     if (folder / CARD).is_file() and not (folder / CARD).is_symlink():
         texts[CARD] = (folder / CARD).read_bytes()
@@ -338,5 +338,6 @@ def _look_at_card(texts: dict[str, bytes], folder: Path, parcel: Parcel) -> None
         )
     elif not front.get("license"):
         parcel.warned.append(Said("the card names no licence", f"add a line such as `license: apache-2.0` to {CARD}"))
-    if _PATH.search(said):
-        parcel.warned.append(Said(f"{CARD} names a place of a machine", "look through it, and remove the path"))
+    cards = {CARD: said} | {n: _text(folder / n) for n in found if n.endswith(f"/{CARD}")}
+    for name in (name for name, text in cards.items() if _PATH.search(text)):
+        parcel.warned.append(Said(f"{name} names a place of a machine", "look through it, and remove the path"))

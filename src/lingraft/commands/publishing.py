@@ -1,11 +1,13 @@
 """`lingraft push`: an adapter's folder on the Hugging Face hub, looked through before anything is sent."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from lingraft.commands.packing_up import Parcel, parcel_of
+from lingraft.commands.terminals import json_text
 from lingraft.errors import LingraftError, MissingExtra, TransientError, UserError
 from lingraft.escaping import printable
 
@@ -45,14 +47,17 @@ def push_adapter(
     }
     if not as_json:
         _show(parcel, result)
-    if dry_run and (as_json or not parcel.refused):
-        return result if as_json else None
+    if dry_run and as_json:
+        click.echo(json_text(result, 2))
+        sys.exit(UserError.exit_code if parcel.refused else 0)
     if parcel.refused:
         raise UserError(
             f"this is not pushed: {'; '.join(said.what for said in parcel.refused)}",
             where=folder,
             remedy="; ".join(dict.fromkeys(said.remedy for said in parcel.refused)),
         )
+    if dry_run:
+        return None
     result |= {"pushed": True, **_send(parcel, repository, private, revision, message)}
     if as_json:
         return result
@@ -160,6 +165,8 @@ def _said(error: Exception, repository: str) -> LingraftError | None:
             where=repository,
             remedy="check the connection and give the same command again",
         )
+    if isinstance(error, UnicodeEncodeError):  # Of a header.
+        return _no_token(repository)
     if isinstance(error, ValueError):  # The hub's library has the card looked at first.
         return UserError(
             f"the hub refuses what would be published: {str(error).strip().splitlines()[-1][:300] if str(error).strip() else ''}",

@@ -13,6 +13,8 @@ from lingraft.errors import MissingExtra, UserError, writing
 
 PAGE = ("altair", "jinja2", "scipy", "vl_convert")
 """What a page is made with: the `report` extra."""
+OWN = ("manifest.json", "results.json", "results.csv", "report.md", "lambda.svg", "atlas.json")
+"""What else stands in a run's folder."""
 
 
 def show_report(
@@ -28,7 +30,7 @@ def show_report(
         html: Where to write the page.
     """
     if html is not None:
-        _check_page(html)
+        _check_page(html, run_dir)
     from lingraft.replacing import write_text
     from lingraft.report import paper
     from lingraft.report.results import results
@@ -37,14 +39,14 @@ def show_report(
     from lingraft.store import read_json, write_json
 
     known = read_json(run_dir / "results.json") if not fresh and (run_dir / "results.json").is_file() else {}
-    if known and known.get("manifest") == digest_bytes(run_dir / "manifest.json"):
+    if known and isinstance(known, dict) and known.get("manifest") == digest_bytes(run_dir / "manifest.json"):
         if html is not None:
             _write_page(run_dir, known, paper.beside(known) if beside else None, html)
         if as_json:
             return _with_page(known, html)
         stderr().print(f"results: lingraft report {run_dir}", markup=False, highlight=False)
         return None
-    found = results(run_dir)
+    found = results(run_dir, keep=html is not None)
     published = paper.beside(found) if beside else None
     if published and not published[1]:
         raise UserError(
@@ -70,24 +72,37 @@ def show_report(
     return None
 
 
-def _check_page(path: Path) -> None:
+def _check_page(path: Path, run_dir: Path) -> None:
     """Whether a page can be made and put there; found out before anything is read.
 
     Raises:
         MissingExtra: What pages are made with is not installed.
-        UserError: The place is a folder, or is in none.
+        UserError: The place is a folder, or is in none, or one of the run's own files is there.
     """
     for package in PAGE:
         if importlib.util.find_spec(package) is None:
             raise MissingExtra(package.replace("_", "-") + ("-python" if package == "vl_convert" else ""), "report")
-    if path.is_dir():
+    if _is_folder(path):
         raise UserError(
             "--html names a folder", where=path, remedy=f"name the file to write, as {path / 'report.html'}"
         )
-    if not path.absolute().parent.is_dir():
+    if not _is_folder(path.absolute().parent):
         raise UserError(
             "the folder of the page does not exist", where=path.parent, remedy="make it first, or choose another"
         )
+    if path.name in OWN and path.absolute().parent.resolve() == run_dir.resolve():
+        raise UserError(
+            "--html names one of the run's own files",
+            where=path,
+            remedy=f"choose another, as {run_dir / 'report.html'}",
+        )
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # A name that is too long.
+        return False
 
 
 def _write_page(run_dir: Path, found: dict[str, Any], published: Any, path: Path) -> None:
@@ -96,8 +111,13 @@ def _write_page(run_dir: Path, found: dict[str, Any], published: Any, path: Path
     from lingraft.report.page.rendering import page
 
     text = page(contents(run_dir, published, found))
-    with writing(path):
-        write_text(path, text)
+    try:
+        with writing(path):
+            write_text(path, text)
+    except OSError as error:  # A name that is too long, a place where no file can be.
+        raise UserError(
+            f"the page cannot be written here ({error.strerror})", where=path, remedy="choose another place or name"
+        ) from error
     stderr().print(
         f"page written: {path} ({len(text.encode()) / 1e6:.1f} MB; it needs no network)", markup=False, highlight=False
     )

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from lingraft.adapter import Adapter, content_digest
+from lingraft.cards import Facts, write_card
 from lingraft.config import AdapterConfig, FusionConfig, MixupConfig, validated
 from lingraft.digests import digest_file, digest_value
 from lingraft.errors import AdapterError
-from lingraft.layouts.common import CONFIG, SIDECAR, WEIGHTS
+from lingraft.layouts.common import CONFIG, SIDECAR, WEIGHTS, read_config
 from lingraft.tensors import TensorFile, write_all
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ class SecondStage:
         for name in (CONFIG, WEIGHTS, SIDECAR):
             if (self.place / name).exists():
                 shutil.copyfile(self.place / name, folder / FIRST / name)
+        write_card(folder / FIRST, Facts(read_config(folder / FIRST), self.first.sidecar))
         if extra:
             write_all(folder / TENSORS, {name: tensor.float().cpu().numpy() for name, tensor in extra.items()})
 

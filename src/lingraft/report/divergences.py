@@ -1,8 +1,9 @@
 """The atlas of a run: how alike its languages' divergences `R_t − R_s` are, from the reference adapters in its store."""
 
+import re
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import combinations
+from itertools import combinations, repeat
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from lingraft.adapter import Adapter
 from lingraft.atlas import ALL, atlas, clusters
 from lingraft.digests import digest_value
 from lingraft.errors import StoreError, writing
+from lingraft.families import FAMILIES
 from lingraft.languages import name_of
 from lingraft.report.readings import Made, Readings, opened
 from lingraft.report.results import manifest_of, metric_of, store_of
@@ -19,7 +21,7 @@ from lingraft.store import read_json, write_json
 
 CACHE = "atlas.json"
 """In the run's folder: the atlas, and the digest of what it was made from."""
-_FORM = 1
+_FORM = 2
 """Of what is cached."""
 _SHARED = (
     "From all of them the same source adapter is subtracted, which alone makes unrelated languages alike: where adapters "
@@ -54,13 +56,17 @@ def divergences(run: Path, found: dict[str, Any]) -> dict[str, Any] | None:
         return None
     seed, source, references = chosen
     made_of = digest_value([_FORM, seed, _content(source), *([code, _content(s)] for code, s in references.items())])
-    known = _known(run / CACHE, made_of)
-    if known is not None:
-        return known
-    origin = _adapter(readings, source)
-    charted = atlas({code: (_adapter(readings, step) - origin).as_adapter() for code, step in references.items()})
+    charted = _known(run / CACHE, made_of, list(references))
+    if charted is None:
+        origin = _adapter(readings, source)
+        charted = atlas({code: (_adapter(readings, step) - origin).as_adapter() for code, step in references.items()})
+        with (
+            suppress(StoreError, OSError),
+            writing(run),
+        ):  # It only saves time: a run may be looked at where nothing can be written.
+            write_json(run / CACHE, {"made_of": made_of, "atlas": charted})
     order, linkage = clusters(charted["cosines"][ALL])
-    value = {
+    return {
         "structure": charted["structure"],
         "languages": charted["names"],
         "seed": seed,
@@ -71,12 +77,6 @@ def divergences(run: Path, found: dict[str, Any]) -> dict[str, Any] | None:
         "linkage": linkage,
         "says": _says(charted["names"], charted["cosines"][ALL]),
     }
-    with (
-        suppress(StoreError, OSError),
-        writing(run),
-    ):  # It only saves time: a run may be looked at where nothing can be written.
-        write_json(run / CACHE, {"made_of": made_of, "atlas": value})
-    return value
 
 
 def _references(steps: Sequence[Made], found: dict[str, Any]) -> tuple[int, Made, dict[str, Made]] | None:
@@ -106,14 +106,54 @@ def _adapter(readings: Readings, step: Made) -> Adapter:
     return Adapter.load(parts_of(readings.folder(step.place))[-1])
 
 
-def _known(path: Path, made_of: str) -> dict[str, Any] | None:
+def _known(path: Path, made_of: str, codes: list[str]) -> dict[str, Any] | None:
+    """What was kept of these languages, where it is of the same adapters and has the shape of an atlas."""
     try:
         kept = read_json(path)
     except StoreError:  # Not there, or not whole: it is made again.
         return None
     if not isinstance(kept, dict) or kept.get("made_of") != made_of or not isinstance(kept.get("atlas"), dict):
         return None
-    return kept["atlas"]
+    charted = kept["atlas"]
+    if not _is_whole(charted, codes):
+        return None
+    # A file's keys are in the order of the alphabet.
+    return charted | {name: {key: charted[name][key] for key in charted["layers"]} for name in ("cosines", "norms")}
+
+
+def _is_whole(charted: dict[str, Any], codes: list[str]) -> bool:
+    """Whether what was kept can be an atlas of these languages: the file may be somebody else's."""
+    layers, cosines, norms = charted.get("layers"), charted.get("cosines"), charted.get("norms")
+    if charted.get("names") != codes or charted.get("structure") not in FAMILIES:
+        return False
+    if not (isinstance(layers, list) and isinstance(cosines, dict) and isinstance(norms, dict)):
+        return False
+    if layers[:1] != [ALL] or not all(isinstance(layer, str) and _LAYER.fullmatch(layer) for layer in layers):
+        return False
+    if not (sorted(cosines) == sorted(norms) == sorted(layers)):
+        return False
+    return all(map(_is_matrix, cosines.values(), repeat(len(codes)))) and all(
+        isinstance(row, list) and len(row) == len(codes) and all(_is_number(n) and n >= 0 for n in row)
+        for row in norms.values()
+    )
+
+
+def _is_matrix(rows: Any, size: int) -> bool:
+    """Whether rows are cosines of all pairs, those of a pair equal."""
+    if not isinstance(rows, list) or len(rows) != size:
+        return False
+    if not all(isinstance(row, list) and len(row) == size for row in rows):
+        return False
+    if not all(value is None or (_is_number(value) and -1 <= value <= 1) for row in rows for value in row):
+        return False
+    return all(rows[i][j] == rows[j][i] for i, j in combinations(range(size), 2))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+_LAYER = re.compile(rf"{ALL}|-|\d{{1,6}}", re.ASCII)
 
 
 def _says(codes: Sequence[str], cosines: Sequence[Sequence[float | None]]) -> str:

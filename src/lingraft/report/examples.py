@@ -29,8 +29,8 @@ def examples(run: Path, found: dict[str, Any], most: int = MOST) -> dict[str, An
         `languages` and `methods` in the experiment's order; `seed`; `labels`, the names of the candidates, or None;
         `strings`, every text once, to which all numbers below point; `items`, by language columns `id`, `gold`, `prompt` and
         `answers` (by method `answer`, `reason`, `value` and `prompt`: −1 where there is none, or the prompt is the item's);
-        `differ`, by language the places in these columns where some methods are right and others wrong; and `left_out`, how
-        many answers are not carried.
+        `differ`, by language the places in these columns where methods' figures differ: where some are right and others wrong,
+        or, with figures between (ROUGE-L), some are better than others; and `left_out`, how many answers are not carried.
 
     Raises:
         StoreError: A file is missing or damaged.

@@ -11,7 +11,7 @@ from typing import Any
 from lingraft.languages import name_of
 from lingraft.methods import Method, method
 from lingraft.report.results import BASELINE, UNFUSED
-from lingraft.report.tables import AVERAGE, GROUP
+from lingraft.report.tables import AVERAGE, GROUP, METRICS
 from lingraft.significance import DRAWS, LEVEL, holm
 
 _FEW = 200
@@ -153,12 +153,17 @@ def _answer(found: dict[str, Any], name: str, baseline: str | None, figures: dic
         return f"{said}; there is nothing in this run to compare it with."
     called = _called(found, baseline)
     if figures["difference"] is None:
-        return f"{said}; how far that is from {called} cannot be told on average{_one_by_one(found, name)}."
-    if _is_source(found, name) and baseline == BASELINE:
-        chosen = f"λ = {_at(method(name).neutral)} was chosen, so nothing is grafted"
-        return f"{said}, and so does {called}: {chosen}, and the two are one adapter."
+        return f"{said}; how far that is from {called} cannot be told on average{_one_by_one(found, name, baseline)}."
+    if baseline == BASELINE and figures["difference"] == 0 and _is_source(found, name):
+        chosen = f"λ = {_at(method(name).neutral)} was {_how(found, name)}, so nothing is grafted"
+        same = (
+            ""
+            if figures["value"] == (found["methods"][baseline]["average"] or {}).get("value")
+            else " of the same seeds"
+        )
+        return f"{said}, and so does {called}{same}: {chosen}, and the two are one adapter."
     low, high = figures["difference_interval"]
-    said += f", {_than(figures['difference'])} {called} ({_signed(low)} to {_signed(high)}, {p_text(figures['p'])})"
+    said += f", {_than(figures['difference'])} {called} ({_end(low)} to {_end(high)}, {p_text(figures['p'])})"
     return f"{said}{_by_group(found, name, baseline)}: {_MEANS[verdict]}."
 
 
@@ -203,20 +208,24 @@ def _without_average(found: dict[str, Any], name: str) -> str:
     known = [code for code in targets if code in row["languages"]]
     if not known:
         return f"{row['title']} has no figures in {_languages(found['targets'])}."
-    parts = [f"{_points(row['languages'][code]['value'])} in {name_of(code)}" for code in known[:_NAMED]]
+    unit = "" if found["metric"] == "rouge_l" else " %"
+    parts = [f"{_points(row['languages'][code]['value'])}{unit} in {name_of(code)}" for code in known[:_NAMED]]
     more = f" and {len(known) - _NAMED} more" if len(known) > _NAMED else ""
     lacking = _languages([code for code in targets if code not in known])
-    return f"{row['title']} has no average, because it has no figures in {lacking}; it has {', '.join(parts)}{more}."
+    listed = f"{METRICS[found['metric']]} is {', '.join(parts)}{more}"
+    return f"{row['title']} has no average, because it has no figures in {lacking}; its {listed}."
 
 
-def _one_by_one(found: dict[str, Any], name: str) -> str:
-    """In how many languages a difference can be told, where there is none on average."""
+def _one_by_one(found: dict[str, Any], name: str, baseline: str) -> str:
+    """Why there is no difference on average, and in how many languages one can be told."""
+    lacking = [code for code in _averaged(found) if code not in found["methods"][baseline]["languages"]]
+    why = f"it has no figures in {_languages(lacking)}" if lacking else "its languages have items of their own"
     of = {code: mark for code, mark in marks(found).get(name, {}).items() if code in found["targets"]}
-    if not of:
-        return ""
+    if not of or baseline != BASELINE:  # What marks are of.
+        return f" ({why})"
     up, down = (sum(m["significant"] and m["direction"] == sign for m in of.values()) for sign in "+-")
     told = f"one by one it is better in {up} and worse in {down} of {len(of)} languages"
-    return f" (its languages have items of their own); {told}"
+    return f" ({why}); {told}"
 
 
 def _is_source(found: dict[str, Any], name: str) -> bool:
@@ -225,6 +234,12 @@ def _is_source(found: dict[str, Any], name: str) -> bool:
     if row.adapter != "graft" or row.stack is not None or name not in found["selections"]:
         return False
     return all(weight == row.neutral for weight in _weights(found, name).values())
+
+
+def _how(found: dict[str, Any], name: str) -> str:
+    """Whether a method's weight was chosen or given."""
+    selection = found["selections"][name]
+    return "chosen" if "by_language" in selection or selection.get("curve") else "given"
 
 
 def _weights(found: dict[str, Any], name: str) -> dict[str, Any]:
@@ -239,7 +254,7 @@ def _weights(found: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _cautions(found: dict[str, Any], name: str | None, figures: dict[str, Any] | None = None) -> list[str]:
     said = [found["chance_and_size_warning"]] if found.get("chance_and_size_warning") else []
-    said.append(_trainings(len(found["seeds"])))
+    said += _trainings(found, name)
     if name is not None:
         row = method(name)
         said += _chosen(found, row)
@@ -249,12 +264,22 @@ def _cautions(found: dict[str, Any], name: str | None, figures: dict[str, Any] |
     return [*said, *_absent(found), *_too_many(found)]
 
 
-def _trainings(seeds: int) -> str:
-    if seeds == 1:
-        return (
-            "Each adapter was trained once: the intervals cover which items were asked, not how much trainings differ."
-        )
-    return f"The intervals are of the mean of {seeds} seeds: they cover which items were asked, not how much trainings differ."
+def _trainings(found: dict[str, Any], name: str | None) -> list[str]:
+    """Of how many trainings the figures are; those of the method that is spoken of may be fewer than others have."""
+    seeds, of = len(found["seeds"]), "The intervals are"
+    if name is not None:
+        if all(method(other).adapter == "none" for other in found["methods"]):
+            return []
+        cells = found["methods"][name]["languages"].values()
+        own = max((len(cell["by_seed"]) for cell in cells), default=seeds)
+        if method(name).adapter != "none" and own != seeds:
+            seeds, of = own, f"{found['methods'][name]['title']}'s intervals are"
+    covered = "which items were asked, not how much trainings differ."
+    if seeds > 1:
+        return [f"{of} of the mean of {seeds} seeds: they cover {covered}"]
+    if seeds != len(found["seeds"]):
+        return [f"{of} of one seed, compared with others of the same: they cover {covered}"]
+    return [f"Each adapter was trained once: the intervals cover {covered}"]
 
 
 def _chosen(found: dict[str, Any], row: Method) -> list[str]:
@@ -271,7 +296,7 @@ def _chosen(found: dict[str, Any], row: Method) -> list[str]:
         if row.stack is not None:
             what = f"the language adapter stays {name_of(found['source'])}'s"
         said.append(
-            f"λ = {_at(row.neutral)} was chosen{where}: there {what}, and nothing of the target language is added."
+            f"λ = {_at(row.neutral)} was {_how(found, row.name)}{where}: there {what}, and nothing of the target language is added."
         )
     own = [code for code in found["experiment"].get("development") or () if code in found["targets"]]
     if own and selection.get("curve"):
@@ -298,6 +323,10 @@ def _small(found: dict[str, Any], figures: dict[str, Any]) -> list[str]:
     if not counts or min(counts) >= _FEW:
         return []
     asked = f"Only {min(counts)} items a language were asked"
+    if min(counts) != max(counts):
+        asked = f"In some languages only {min(counts)} items were asked"
+    if min(counts) == 1:
+        asked = asked.replace("items a language were", "item a language was").replace("items were", "item was")
     low, high = figures.get("difference_interval") or (0.0, 0.0)
     if high - low <= 0:
         return [f"{asked}: intervals are wide."]
@@ -388,6 +417,8 @@ def p_text(p: float) -> str:
     """A p-value as texts print it: never as zero, and without the zero in front."""
     if p < 0.001:
         return "p < .001"
+    if p < LEVEL and f"{p:.3f}" == f"{LEVEL:.3f}":
+        return "p < .05"  # What rounding would put on the other side.
     if p > 0.99:
         return "p > .99"
     return "p = " + (f"{p:.3f}" if p < 0.1 else f"{p:.2f}").removeprefix("0")
@@ -417,6 +448,12 @@ def _points(share: float) -> str:
 def _signed(share: float) -> str:
     text = f"{100 * share:+.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
+
+
+def _end(share: float) -> str:
+    """The end of an interval; one that rounds to zero and is none has a further digit."""
+    text = _signed(share)
+    return f"{100 * share:+.2f}".replace("-", "−") if text == "0.0" and abs(share) >= 0.5e-4 else text
 
 
 def _at(weight: float) -> str:

@@ -6,7 +6,7 @@ Nothing of it says where anything lies on a machine: what is a path from the roo
 import re
 import shlex
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,7 +15,7 @@ from lingraft import __version__
 from lingraft.config import Experiment
 from lingraft.digests import digest_value
 from lingraft.report.headline import model_name
-from lingraft.report.readings import Made, opened
+from lingraft.report.readings import Made, harmless, opened, short_path
 from lingraft.report.results import manifest_of, metric_of, store_of
 from lingraft.report.spending import machine
 
@@ -72,7 +72,7 @@ def provenance(run: Path, found: dict[str, Any]) -> dict[str, Any]:
         "backbone": _backbone(manifest),
         "experiment_yaml": experiment_yaml(experiment),
         "data": _data(steps),
-        "environment": {name: _harmless(value) for name, value in machine(steps).items()},
+        "environment": machine(steps),
         "steps": [_step(step) for step in steps],
         "command": command(experiment),
     }
@@ -98,7 +98,7 @@ def experiment_yaml(experiment: dict[str, Any]) -> str:
         place = tree
         for part in above:
             place = place[part]
-        if (short := _short(place[last])) != place[last]:
+        if (short := short_path(place[last])) != place[last]:
             place[last] = short
             renamed.append(".".join(path))
     text = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
@@ -157,13 +157,6 @@ def _paths(tree: dict[str, Any]) -> list[tuple[str, ...]]:
     return found
 
 
-def _short(text: str) -> str:
-    """A path from the root, or from a home, as the name at its end; another text as it is."""
-    if PureWindowsPath(text).is_absolute():
-        return PureWindowsPath(text).name
-    return PurePosixPath(text).name if text.startswith(("/", "~")) else text
-
-
 def _backbone(manifest: dict[str, Any]) -> dict[str, Any]:
     asked, found = manifest["experiment"].get("backbone") or {}, manifest["backbone"]
     digest = str(found["digest"])
@@ -184,7 +177,7 @@ def _data(steps: Sequence[Made]) -> list[dict[str, str]]:
     for step in steps:
         for name, digest in (step.record.get("reads") or {}).items():
             if name != "backbone":
-                found[_read(step.config, str(name)), _harmless(str(digest))] = None
+                found[_read(step.config, str(name)), harmless(digest)] = None
     return [{"name": name, "digest": digest} for name, digest in found]
 
 
@@ -202,20 +195,12 @@ def _read(config: dict[str, Any], name: str) -> str:
     return " ".join(str(part) for part in (task, other or language, config.get("split")) if part)
 
 
-_ROOTED = re.compile(r"(?:(?<=^)|(?<=[\s:=,]))(?:/|~/|[A-Za-z]:[\\/])[^\s,]+")
-
-
-def _harmless(text: Any) -> str:
-    """A text without paths from the root."""
-    return _ROOTED.sub(lambda found: _short(found[0]), str(text))
-
-
 def _step(step: Made) -> dict[str, Any]:
     files = step.record.get("files")
     files = files if isinstance(files, dict) else {}
     return {
         "kind": step.kind,
-        "label": _harmless(step.label),
+        "label": step.label,
         "key": step.key,
         "sha256": files.get(_MAIN.get(step.kind, "")) or (digest_value(step.record) if step.record else None),
         "files": len(files),

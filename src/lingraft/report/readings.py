@@ -1,9 +1,10 @@
 """A run's answers, each file read once: what figures are made of, and what examples show."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from lingraft.digests import digest_bytes
@@ -38,8 +39,8 @@ class Made:
 
     @property
     def label(self) -> str:
-        """What people call it."""
-        return str(self.record.get("label") or self.place)
+        """What people call it, without paths of any machine."""
+        return harmless(self.record.get("label") or self.place)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -150,19 +151,39 @@ class Readings:
         return lines, read
 
 
+_ROOTED = re.compile(r"(?:^|(?<=[\s:=,;(\[{\"'“]))(?:file://)?((?:/(?!/)|~/|[A-Za-z]:[\\/])[^\s,;)\]}\"'”]+)")
+
+
+def harmless(text: Any) -> str:
+    """A text without paths from the root: those are the names at their ends."""
+    return _ROOTED.sub(lambda found: short_path(found[1]), str(text))
+
+
+def short_path(text: str) -> str:
+    """A path from the root, or from a home, as the name at its end; another text as it is."""
+    if PureWindowsPath(text).is_absolute():
+        return PureWindowsPath(text).name
+    return PurePosixPath(text).name if text.startswith(("/", "~")) else text
+
+
 def answer_of(line: dict[str, Any]) -> int:
     """The likeliest candidate's number; the first of equals."""
     scores = line["scores"]
     return scores.index(max(scores))
 
 
-def opened(run: Path, store: Store, metric: str) -> Readings:
-    """The readings of a run: those of a moment ago, where its manifest is the same. Only the last run's are kept."""
+def opened(run: Path, store: Store, metric: str, *, anew: bool = False) -> Readings:
+    """The readings of a run: those of a moment ago, where its manifest is the same, unless they are wanted anew.
+
+    Only the last run's are kept.
+    """
     key = f"{digest_bytes(run / 'manifest.json')} {store.location}"
-    if key not in _LAST:
+    known = None if anew else _LAST.get(key)
+    if known is None:
+        known = Readings(store, metric)
         _LAST.clear()
-        _LAST[key] = Readings(store, metric)
-    return _LAST[key]
+        _LAST[key] = known
+    return known
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

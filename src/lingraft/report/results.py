@@ -14,6 +14,7 @@ from lingraft.methods import method
 from lingraft.predictions import read_scores
 from lingraft.remote import shown, url_of
 from lingraft.report.readings import Readings, opened
+from lingraft.report.tables import METRICS
 from lingraft.significance import mean_interval, mean_intervals, paired_tests, statistic_interval
 from lingraft.store import Store, open_store, read_json
 
@@ -28,11 +29,12 @@ _STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hdfs", "memory")
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def results(run: Path) -> dict[str, Any]:
-    """All figures of a finished run.
+def results(run: Path, *, keep: bool = False) -> dict[str, Any]:
+    """All figures of a finished run; whatever is read of its store is verified anew.
 
     Args:
         run: The run's folder, which holds `manifest.json`.
+        keep: Whether the answers are wanted again: `examples` then need not read them once more.
 
     Returns:
         `metric`, what a `value` is; `languages`, `methods` (per method: per language, `average` over all targets that have
@@ -49,8 +51,8 @@ def results(run: Path) -> dict[str, Any]:
     for cell in manifest["cells"]:
         cells.setdefault((cell["method"], cell["language"]), []).append(cell)
     metric = metric_of(manifest)
-    store = opened(run, store_of(run, manifest), metric)
-    right = {key: _right(store, group) for key, group in cells.items()}
+    store = opened(run, store_of(run, manifest), metric, anew=True)
+    right = {key: _right(store, group, keep) for key, group in cells.items()}
     # Those without data anywhere have a row too, which says so.
     asked = [method(name).name for name in experiment.get("methods", ())]
     names = dict.fromkeys([*asked, *(name for name, _ in cells)])
@@ -90,13 +92,45 @@ def manifest_of(run: Path) -> dict[str, Any]:
             "this folder is not a finished run", where=run, remedy="give the --out folder of `lingraft run`"
         )
     manifest = read_json(path)
-    if manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(
             "this run was written by another version of lingraft",
             where=run,
             remedy="give its `lingraft run` command again: what is finished is kept",
         )
+    manifest = {"steps": [], "metric": "accuracy", **manifest}
+    if not _is_like(manifest, _MANIFEST) or manifest["metric"] not in METRICS:
+        raise UserError(
+            "the run's manifest is not one that lingraft wrote",
+            where=path,
+            remedy="give its `lingraft run` command again: what is finished is kept",
+        )
     return manifest
+
+
+_MANIFEST: dict[str, Any] = {
+    "experiment": {"name": str, "task": str, "source": str, "targets": [str], "seeds": [int]},
+    "backbone": {"name": str, "digest": str},
+    "metric": str,
+    "store": str,
+    "cells": [{"method": str, "language": str, "seed": int, "predict": str, "score": str}],
+    "selections": [{"method": str, "path": str}],
+    "comparisons": [{"language": str, "seed": int, "path": str}],
+    "absent": [(str, str, str)],
+    "steps": [str],
+}
+"""What is read of a manifest, which may be somebody else's."""
+
+
+def _is_like(value: Any, shape: Any) -> bool:
+    """Whether a value of JSON has a shape: a type; keys that a table must have; what every entry of a list is like; a tuple's."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(key in value and _is_like(value[key], of) for key, of in shape.items())
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_is_like(entry, shape[0]) for entry in value)
+    if isinstance(shape, tuple):
+        return isinstance(value, list) and len(value) == len(shape) and all(map(_is_like, value, shape))
+    return isinstance(value, shape)
 
 
 def metric_of(manifest: dict[str, Any]) -> str:
@@ -186,13 +220,13 @@ Answered = dict[tuple[str, str], _Answers]
 """By method and language."""
 
 
-def _right(store: Readings, group: Sequence[dict[str, Any]]) -> _Answers:
+def _right(store: Readings, group: Sequence[dict[str, Any]], keep: bool) -> _Answers:
     ids: list[str] = []
     columns: list[list[float]] = []
     first = min(cell["seed"] for cell in group)
     for cell in group:
         # The lowest seed's answers are those that are shown.
-        values = store.values(cell["predict"], cell["score"], keep=cell["seed"] == first)
+        values = store.values(cell["predict"], cell["score"], keep=keep and cell["seed"] == first)
         ids = sorted(values)
         columns.append([values[name] for name in ids])
     return _Answers(ids, [cell["seed"] for cell in group], np.array(columns).T)

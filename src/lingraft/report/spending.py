@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lingraft.report.readings import Made, Readings, opened
+from lingraft.report.readings import Made, Readings, harmless, opened
 from lingraft.report.results import manifest_of, metric_of, store_of
 
 LONGEST = 10
@@ -64,8 +64,8 @@ def machine(steps: Iterable[Made]) -> dict[str, Any]:
     for step in steps:
         noted = step.record.get("environment")
         for name, value in (noted if isinstance(noted, dict) else {}).items():
-            if name != "together" and str(value) not in values.setdefault(name, []):
-                values[name].append(str(value))
+            if name != "together" and harmless(value) not in values.setdefault(name, []):
+                values[name].append(harmless(value))
     return {name: ", ".join(several) for name, several in sorted(values.items())}
 
 

@@ -31,7 +31,10 @@ def p_value(p: float | None) -> str:
     """A p-value, never as zero."""
     if p is None:
         return "–"
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    if p < 0.001:
+        return "< 0.001"
+    # What rounding would put on the other side of the level.
+    return "< 0.05" if p < 0.05 and f"{p:.3f}" == "0.050" else f"{p:.3f}"
 
 
 def _with_interval(cell: dict[str, Any] | None) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from lingraft.errors import LingraftError
 from lingraft.report.readings import Made, Readings, opened
 from lingraft.report.results import manifest_of, metric_of, store_of
+from lingraft.report.spending import seconds_of
 
 METRICS = "metrics.jsonl"
 """A training's log, as `checkpoints.METRICS`, which cannot be had without torch."""
@@ -80,7 +81,7 @@ def _training(step: Made, kind: str, readings: Readings) -> dict[str, Any]:
         "curve": _binned(noted),
         "steps": record.get("steps", last.get("step")),
         "tokens": record.get("tokens", last.get("tokens")),
-        "seconds": record.get("seconds"),
+        "seconds": seconds_of(step),
         "final_loss": _finite(record.get("loss", last.get("loss"))),
     }
 

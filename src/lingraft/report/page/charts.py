@@ -292,7 +292,12 @@ def dendrogram(
         wide: For a desktop; else for a phone.
         palette: The colours.
     """
-    place: dict[int, tuple[float, float]] = {leaf: (float(n), 0.0) for n, leaf in enumerate(order)}
+    heights = [float(row[2]) for row in linkage]
+    most, least = max(heights, default=1.0) or 1.0, min(heights, default=0.0)
+    # Where all are joined at nearly one height, the axis begins before the first: else the tree would be a comb.
+    begin = max(0.0, least - (most - least)) if most - least < 0.25 * most else 0.0
+    begin = 0.0 if most - least < 0.01 * most else begin
+    place: dict[int, tuple[float, float]] = {leaf: (float(n), begin) for n, leaf in enumerate(order)}
     segments: list[Row] = []
     for n, (left, right, height, _) in enumerate(linkage):
         (one, from_one), (other, from_other) = place[int(left)], place[int(right)]
@@ -305,8 +310,7 @@ def dendrogram(
         place[len(names) + n] = ((one + other) / 2, float(height))
     width, room = (640, 150) if wide else (180, 100)
     y = alt.Scale(domain=[len(names) - 0.5, -0.5], nice=False, zero=False)
-    most = max((float(row[2]) for row in linkage), default=1.0) or 1.0
-    x = alt.Scale(domain=[most * 1.04, 0], nice=False, zero=False)
+    x = alt.Scale(domain=[most + 0.04 * (most - begin), begin], nice=False, zero=False)
     axis = alt.Axis(title="1 − cosine", tickCount=4, grid=True, domain=False)
     lines = (
         _of(segments)

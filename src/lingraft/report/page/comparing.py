@@ -10,6 +10,7 @@ from lingraft.report.page.heat import columns, figures_of, mark_of
 from lingraft.report.page.svg import inline
 from lingraft.report.page.writing import DASH, between, p_value, share, signed
 from lingraft.report.results import BASELINE
+from lingraft.report.tables import ALSO, AVERAGE, GROUP
 
 
 def _role(name: str, chosen: str | None) -> str:
@@ -53,10 +54,12 @@ def language_figures(found: dict[str, Any], chosen: str | None, marks: dict[str,
     named = dict(zip(found["methods"], names_apart([m["title"] for m in found["methods"].values()]), strict=True))
     over = [column for column in columns(found) if column["kind"] in ("source", "target")]
     ends = [
-        (cell.get("interval") or [cell["value"]])[-1]
+        end
         for method in found["methods"].values()
         for column in over
         if (cell := figures_of(method, column))
+        for end in (cell["value"], *(cell.get("interval") or ()))
+        if math.isfinite(end)
     ]
     longest = max(map(len, named.values()), default=0)
     room = min(LABELS, max(48, 7 * longest))
@@ -123,13 +126,75 @@ def language_rows(found: dict[str, Any], marks: dict[str, Any]) -> list[list[str
     return rows
 
 
+def averages_file(found: dict[str, Any], marks: dict[str, Any], files: Files) -> str:
+    """The averages over all targets and over each group as CSV, in full precision."""
+    rows: list[list[Any]] = []
+    for name, method in found["methods"].items():
+        over = {AVERAGE: method["average"], **{f"{GROUP}{group}": c for group, c in (method["groups"] or {}).items()}}
+        for where, cell in over.items():
+            if not cell:
+                continue
+            gap, unfused = cell.get("gap_closed") or {}, cell.get("against_unfused") or {}
+            rows.append(
+                [
+                    name,
+                    where,
+                    *_with_ends(cell, "value", "interval"),
+                    *_with_ends(cell, "difference", "difference_interval"),
+                    cell.get("p"),
+                    (marks.get(name, {}).get(where) or {}).get("adjusted"),
+                    *_with_ends(gap, "value", "interval"),
+                    *_with_ends(unfused, "difference", "difference_interval"),
+                    unfused.get("p"),
+                ]
+            )
+    header = ["method", "over", found["metric"], "low", "high", "difference", "difference_low", "difference_high", "p"]
+    header += [
+        "p_after_holm",
+        "gap_closed",
+        "gap_low",
+        "gap_high",
+        "against_lora",
+        "against_lora_low",
+        "against_lora_high",
+    ]
+    return files.add("averages.csv", [*header, "against_lora_p"], rows)
+
+
+def _with_ends(cell: dict[str, Any], name: str, interval: str) -> list[Any]:
+    return [cell.get(name), *(cell.get(interval) or (None, None))]
+
+
+def also_file(found: dict[str, Any], title: str, files: Files) -> str:
+    """A figure beside the metric as CSV, by its title in `tables.ALSO`."""
+    figure = next(name for name, of in ALSO.items() if of == title)
+    rows = [
+        [name, code, cell["also"].get(figure)]
+        for name, method in found["methods"].items()
+        for code, cell in method["languages"].items()
+        if figure in (cell.get("also") or {})
+    ]
+    return files.add(f"{figure}.csv", ["method", "language", figure], rows)
+
+
 LANGUAGE_HEADER = ["language", "method", "score [95 %]", "against Eng-FT [95 %]", "p", "p after Holm", "mark"]
+
+
+_WAYS = {"+": "better", "-": "worse"}
+"""Directions as words: signs alone would be taken for formulas."""
 
 
 def marks_file(found: dict[str, Any], marks: dict[str, Any], files: Files) -> str:
     """The marks as CSV."""
     rows = [
-        [name, key, entry.get("p"), entry.get("adjusted"), entry.get("direction"), str(bool(entry.get("significant")))]
+        [
+            name,
+            key,
+            entry.get("p"),
+            entry.get("adjusted"),
+            _WAYS[entry["direction"]],
+            str(bool(entry.get("significant"))),
+        ]
         for name, by_language in marks.items()
         for key, entry in by_language.items()
     ]

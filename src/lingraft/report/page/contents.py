@@ -25,7 +25,7 @@ def contents(run: Path, published: Table | None = None, found: dict[str, Any] | 
         UserError: This is not a run, or it is not finished.
         StoreError: A file of the store is missing or damaged.
     """
-    found = results(run) if found is None else found
+    found = results(run, keep=True) if found is None else found
     return {
         "found": found,
         "headline": headline(found),

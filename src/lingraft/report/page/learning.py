@@ -19,7 +19,7 @@ KINDS = {
     "language": "language adapters",
     "second": "second stages",
 }
-HEADER = ["training", "kind", "language", "seed", "steps", "tokens", "time", "last loss", "last held-out loss"]
+HEADER = ["training", "kind", "language", "seed", "steps", "tokens", "time", "loss at the end", "last held-out loss"]
 
 
 def _kind(kind: str) -> str:
@@ -46,7 +46,7 @@ def training_figures(trainings: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "language": entry["language"] or "",
                 "name": entry["label"],
                 "svg": inline(training(domains[entry["kind"]]).with_rows(rows), says),
-                "last": f"{rows[-1]['loss']:.3f}",
+                "last": f"{rows[-1]['loss'] if entry['final_loss'] is None else entry['final_loss']:.3f}",
                 "held": "" if held is None else f"{held:.3f}",
             }
         )
@@ -100,6 +100,13 @@ def training_rows(trainings: list[dict[str, Any]]) -> list[list[str]]:
         ]
         for entry in trainings
     ]
+
+
+def trainings_file(trainings: list[dict[str, Any]], files: Files) -> str:
+    """A line for each training as CSV, its figures as they are."""
+    names = ("key", "label", "kind", "language", "seed", "family", "steps", "tokens", "seconds", "final_loss")
+    rows = [[*(entry[name] for name in names), _held(entry)] for entry in trainings]
+    return files.add("trainings.csv", [*names, "final_held_out_loss"], rows)
 
 
 def losses_file(trainings: list[dict[str, Any]], files: Files) -> str:

@@ -52,7 +52,7 @@ def atlas(found: dict[str, Any], files: Files) -> dict[str, Any]:
             {"key": layer, "name": "all layers" if layer == "all" else f"layer {layer}"} for layer in found["layers"]
         ],
         "cells": [
-            [_cell(value, most, one == other) for other, value in enumerate(row)]
+            [_cell(_rounded(value), most, one == other) for other, value in enumerate(row)]
             for one, row in enumerate(cosines[first])
         ],
         "data": {
@@ -67,7 +67,8 @@ def atlas(found: dict[str, Any], files: Files) -> dict[str, Any]:
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)
+    """As it is shown, for every layer alike."""
+    return None if value is None else round(value, 2) + 0.0
 
 
 def _cell(value: float | None, most: float, same: bool) -> dict[str, str]:
@@ -75,4 +76,4 @@ def _cell(value: float | None, most: float, same: bool) -> dict[str, str]:
         return {"text": "1", "class": "same"}
     if value is None:
         return {"text": "–", "class": "none"}
-    return {"text": f"{round(value, 2) + 0.0:.2f}".replace("-", "−"), "class": f"signed-{signed_step(value, most)}"}
+    return {"text": f"{value:.2f}".replace("-", "−"), "class": f"signed-{signed_step(value, most)}"}

@@ -124,6 +124,8 @@
   const PAGE = 20, LONG = 900;
   let given = null, lower = null, found = [], first = 0;
   const right = (answer, n) => answer.value[n] >= 0.5;
+  // Figures between right and wrong, as of ROUGE-L, are said.
+  const judged = ({ right, value }) => (right ? "✓ right" : "✗ wrong") + (value === 0 || value === 1 ? "" : ` (${(100 * value).toFixed(1)})`);
   const make = (name, className, text) => {
     const node = document.createElement(name);
     if (className) node.className = className;
@@ -174,17 +176,17 @@
     const groups = new Map();
     for (const [name, a] of Object.entries(items.answers)) {
       if (a.answer[n] < 0) continue;
-      const key = [right(a, n), a.answer[n], a.prompt[n]].join();
-      const group = groups.get(key) || { right: right(a, n), answer: words(a.answer[n]), prompt: words(a.prompt[n]), names: [], reasons: [] };
+      const key = [a.value[n], a.answer[n], a.prompt[n]].join();
+      const group = groups.get(key) || { right: right(a, n), value: a.value[n], answer: words(a.answer[n]), prompt: words(a.prompt[n]), names: [], reasons: [] };
       group.names.push(title(name));
       group.reasons.push(words(a.reason[n]));
       groups.set(key, group);
     }
     const list = make("ul", "answers");
-    for (const group of [...groups.values()].sort((a, b) => b.right - a.right || b.names.length - a.names.length)) {
+    for (const group of [...groups.values()].sort((a, b) => b.value - a.value || b.names.length - a.names.length)) {
       const line = make("li", group.right ? "is-right" : "is-wrong");
       const said = make("p", "said");
-      said.append(make("span", "judged", group.right ? "✓ right" : "✗ wrong"), " ", foreign(make("span", "answer"), code, group.answer || "(nothing)"));
+      said.append(make("span", "judged", judged(group)), " ", foreign(make("span", "answer"), code, group.answer || "(nothing)"));
       const who = make("p", "who");
       const alike = group.reasons.every((reason) => reason === group.reasons[0]);
       group.names.forEach((name, k) => {

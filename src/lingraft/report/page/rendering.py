@@ -99,7 +99,7 @@ def _view(contents: dict[str, Any]) -> dict[str, Any]:
         "found": found,
         "metric": METRICS[found["metric"]],
         "head": head,
-        "verdict": VERDICTS.get(head["verdict"], VERDICTS["unknown"]),
+        "verdict": _verdict(head),
         "baseline": found["methods"].get(head["baseline"], {}).get("title") or head["baseline"],
         "heat": heat(found, marks),
         "columns": columns(found),
@@ -108,13 +108,15 @@ def _view(contents: dict[str, Any]) -> dict[str, Any]:
         "meanings": list(MARKS.values()),
         "marked": _marked(marks),
         "forest": comparing.forest_figure(found, head["method"], marks),
-        "averages": _tables(average_tables(found), files, "average"),
-        "also": [(title, *table) for title, table in also_tables(found)],
+        "averages": [
+            (header, rows, comparing.averages_file(found, marks, files)) for header, rows in average_tables(found)
+        ],
+        "also": [(title, *table, comparing.also_file(found, title, files)) for title, table in also_tables(found)],
         "bars": figures,
         "language_table": (comparing.LANGUAGE_HEADER, comparing.language_rows(found, marks)),
         **_weights(found, files),
         "atlas": _atlas(contents, files),
-        "references": _tables([reference_table(found)], files, "references") if found["references"] else [],
+        "references": _references(found, files),
         **_trainings(contents["trainings"], files),
         **_examples(contents["examples"]),
         "spending": _spending(contents["spending"], files),
@@ -127,6 +129,12 @@ def _view(contents: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _verdict(head: dict[str, Any]) -> tuple[str, str]:
+    """The verdict's sign and words. Where there is a baseline, languages one by one may have been compared."""
+    sign, words = VERDICTS.get(head["verdict"], VERDICTS["unknown"])
+    return sign, "No comparison on average" if sign == "?" and head["baseline"] is not None else words
+
+
 def _tables(tables: list[Any], files: Files, name: str) -> list[tuple[list[str], list[list[str]], str]]:
     """Tables with the names of their files."""
     many = len(tables) > 1
@@ -134,6 +142,15 @@ def _tables(tables: list[Any], files: Files, name: str) -> list[tuple[list[str],
         (header, rows, files.add(f"{name}-{n}.csv" if many else f"{name}.csv", header, rows))
         for n, (header, rows) in enumerate(tables, start=1)
     ]
+
+
+def _references(found: dict[str, Any], files: Files) -> list[tuple[list[str], list[list[str]], str]]:
+    """The likeness of the references, and its file with the figures as they are."""
+    if not found["references"]:
+        return []
+    rows = [[entry["language"], entry["seed"], entry["cosine"], *entry["norms"]] for entry in found["references"]]
+    header = ["language", "seed", "cosine", "norm_of_target", "norm_of_source"]
+    return [(*reference_table(found), files.add("references.csv", header, rows))]
 
 
 def _marked(marks: dict[str, Any]) -> dict[str, int]:
@@ -161,7 +178,7 @@ def _trainings(entries: list[dict[str, Any]], files: Files) -> dict[str, Any]:
     rows = learning.training_rows(entries)
     if entries:
         learning.losses_file(entries, files)
-        files.add("trainings.csv", learning.HEADER, rows)
+        learning.trainings_file(entries, files)
     kinds = dict.fromkeys(figure["kind"] for figure in figures)
     return {
         "training_figures": figures,
@@ -176,9 +193,9 @@ def _examples(given: dict[str, Any] | None) -> dict[str, Any]:
     if not given or not any(given["items"].values()):
         return {"examples": None, "example_data": ""}
     data = {**given, "strings": shown(given["strings"])}
-    data["names"] = {code: name_of(code) for code in given["languages"]}
+    data["items"] = {code: {**columns, "id": shown(columns["id"])} for code, columns in given["items"].items()}
+    data["names"] = {code: printable(name_of(code)) for code in given["languages"]}
     data["tags"] = {code: language_tag(code) for code in given["languages"]}
-    data["titles"] = given.get("titles") or {}
     return {"examples": given, "example_data": packed(data)}
 
 

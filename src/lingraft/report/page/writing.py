@@ -2,6 +2,8 @@
 
 import math
 
+from lingraft.report.tables import p_value as p_value
+
 DASH = "–"
 
 
@@ -50,11 +52,6 @@ def size(count: float | None) -> str:
         if count >= limit:
             return f"{count / limit:.1f} {unit}"
     return f"{count:.0f} B"
-
-
-def p_value(p: float | None) -> str:
-    """A p-value, never as zero."""
-    return DASH if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def tight(text: str) -> str:
