@@ -353,12 +353,12 @@ _READS = {
 }
 
 
-def _said(value: Any, within: bool = False) -> str:
+def _readable(value: Any, within: bool = False) -> str:
     """A value for people: figures to four digits, a mapping a line each, what is empty left out."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        told = {str(key): _said(held, within=True) for key, held in value.items() if held not in (None, {}, [], "")}
+        told = {str(key): _readable(held, within=True) for key, held in value.items() if held not in (None, {}, [], "")}
         return ("; " if within else "\n").join(f"{key}: {text}" for key, text in told.items())
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
@@ -367,7 +367,7 @@ def _shown(entry: dict[str, Any]) -> list[list[str]]:
     """A description as rows for people."""
     hidden = ("path", "norm_by_layer", "second", "first_stage")
     rows = [
-        ["sites by rank" if k == "ranks" else k.replace("_", " "), _said(v)]
+        ["sites by rank" if k == "ranks" else k.replace("_", " "), _readable(v)]
         for k, v in entry.items()
         if k not in hidden and v is not None
     ]
