@@ -115,7 +115,11 @@ def test_the_library_calls_nothing_that_executes_what_it_reads() -> None:
             ours = name.endswith(".eval") and not node.args  # A model's.
             compiled = name in ALLOWED or (name.endswith(".compile") and "model" in name)
             shell = any(k.arg == "shell" for k in node.keywords)
-            if (FORBIDDEN.fullmatch(name) and not ours and not compiled) or shell:
+            # The page's own template, which no data become part of, and which escapes whatever is put into it.
+            template = (
+                path.name == "rendering.py" and name == "jinja2.Environment" and "autoescape=True" in ast.unparse(node)
+            )
+            if (FORBIDDEN.fullmatch(name) and not ours and not compiled and not template) or shell:
                 found.append(f"{path.name}:{node.lineno}: {name}")
             if name == "yaml.load":
                 assert [ast.unparse(k.value) for k in node.keywords] == ["_Loader"]

@@ -205,6 +205,7 @@ def test_gradients_are_those_of_each_alone(tiny: Backbone, name: str, data: st.D
     ]
     config = ADAPTERS[name]
     made, like = fresh(tiny, config, 0)
+    torch.manual_seed(sum(counts))
     tensors = [{n: torch.randn_like(t) * 0.3 + t for n, t in like.items()} for _ in counts]
     drawn = [NEXT_TOKENS.draw(tiny, batch, 0.7, number) for number, batch in enumerate(batches)]
     with side_by_side(tiny, made, tensors, None) as model:
@@ -219,8 +220,10 @@ def test_gradients_are_those_of_each_alone(tiny: Backbone, name: str, data: st.D
             wanted = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
         assert float(losses[number]) == pytest.approx(float(loss[0]), rel=1e-5)
         assert list(found[number]) == list(wanted)
+        # Of a text of one token no attention depends on its keys: their gradient is rounding of the others', and nothing else.
+        rounding = 1e-5 * torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
         for key, gradient in wanted.items():
-            assert torch.dist(found[number][key], gradient) <= 1e-4 * gradient.norm(), key
+            assert torch.dist(found[number][key], gradient) <= 1e-4 * gradient.norm() + rounding, key
 
 
 @pytest.mark.parametrize("speed", [{"gradient_checkpointing": True}, {"packing": True}, {"part_tokens": 16}], ids=str)

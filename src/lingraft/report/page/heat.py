@@ -59,7 +59,6 @@ def _cell(text: str, kind: str, step: int, sub: str, mark: tuple[str, str], tip:
     return {"text": text, "class": f"{kind}-{step}", "sub": sub, "mark": mark[0], "meaning": mark[1], "tip": tip}
 
 
-_SCORE = "{} in percent."
 _GAP = "Share of the gap between Eng-FT (0) and Tgt-FT (100) that is closed, in percent."
 _EMPTY: Cell = {"text": "–", "class": "none", "sub": "", "mark": "", "meaning": "", "tip": ""}
 
@@ -81,7 +80,7 @@ def _scores(found: dict[str, Any], cells: dict[str, Any], over: list[Any], marks
     return {
         "key": "score",
         "name": "Score",
-        "means": _SCORE.format(_capital(METRICS[found["metric"]])),
+        "means": f"{_capital(METRICS[found['metric']])} in percent.",
         "legend": legend,
         "rows": _rows(found, rows),
     }
