@@ -84,6 +84,16 @@ def test_the_hub_reads_back_what_was_written():
     assert front_of(card(facts)) == metadata(facts)
 
 
+@pytest.mark.parametrize(
+    ("space", "formula"),
+    [("ratio", "`T ⊙ (1 + λ · (R_t ⊘ R_s − 1))` with λ = 0.5"), ("layer", "`(I + λ · (R_t R_s⁺ − I)) T` with λ = 0.5")],
+)
+def test_a_merge_that_is_no_sum_is_not_called_one(space: str, formula: str):
+    notes = {**GRAFT, "provenance": {**GRAFT["provenance"], "space": space}}
+    said = card(Facts(CONFIG, notes))
+    assert f"Merged: {formula}, {space} space" in said and "T + λ" not in said
+
+
 def test_a_graft_says_what_it_is_made_of():
     said = card(Facts(CONFIG, GRAFT, scores=[SCORE]))
     assert "# Topics, in Swahili, LoRA adapter" in said

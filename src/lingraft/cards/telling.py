@@ -186,12 +186,25 @@ def _trained(facts: Facts) -> str:
     return f"Trained on {what or 'data that are not noted'} ({', '.join([*said, *seed]) or 'how is not noted'})."
 
 
+_ARIMERGE = {
+    "arimerge": "`λ · T + (1 − λ) · (R_t − R_s)`",
+    "arimerge-add": "`λ · T + (1 − λ) · R_t`",
+}
+_OWN_RULES = {
+    "ratio": "`T ⊙ (1 + λ · (R_t ⊘ R_s − 1))`",
+    "layer": "`(I + λ · (R_t R_s⁺ − I)) T`",
+    "flat": "`(I + λ · (R_t R_s⁺ − I)) T`, all layers as one",
+    "literal": "`λ · R_t R_s⁺ T`",
+    "inverse": "T, turned from R_s to R_t through pseudo-inverses on both sides of the bottleneck,",
+    "cross": "T and R_t against R_s, by the rule of the other kind of structure,",
+}
+"""By space, the formulas of merges that are no sum."""
+
+
 def _merged(facts: Facts) -> str:
     made, how = facts.provenance, facts.how
-    formula = {
-        "arimerge": "`λ · T + (1 − λ) · (R_t − R_s)`",
-        "arimerge-add": "`λ · T + (1 − λ) · R_t`",
-    }.get(how, "`L_s + λ · (L_t − L_s)`" if "spaces" in made else "`T + λ · (R_t − R_s)`")
+    rule = _ARIMERGE.get(how) or _OWN_RULES.get(str(made.get("space")), "`T + λ · (R_t − R_s)`")
+    formula = "`L_s + λ · (L_t − L_s)`" if "spaces" in made else rule
     said = [f"{formula} with λ = {_number(made.get('weight'))}"]
     if isinstance(made.get("space"), str):
         said.append(f"{in_markdown(made['space'])} space")
@@ -262,7 +275,7 @@ def _use(facts: Facts) -> str:
         ]
         return f"```python\n{chr(10).join(lines)}\n```"
     if facts.config is None or facts.beneath:
-        below = "".join(" --adapter BENEATH" for _ in facts.beneath[:1])
+        below = "".join(" --adapter BENEATH" for _ in facts.beneath)
         return (
             "PEFT alone does not put adapters beneath one another; lingraft does:\n\n"
             f"```sh\nlingraft evaluate --model {base}{below} --adapter THIS_FOLDER \\\n"
