@@ -111,6 +111,18 @@ def test_everything_is_reached_by_keyboard(opened: Any) -> None:
     assert page.evaluate("document.activeElement.getAttribute('aria-label')")
 
 
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_the_navigation_leads_to_the_section_that_it_names(opened: Any, viewport: dict[str, int]) -> None:
+    page = opened(viewport=viewport, reduced_motion="no-preference").ready()
+    for name in ("examples", "trainings", "provenance", "scores", "notes"):
+        page.evaluate(f"document.querySelector('nav a[href=\"#{name}\"]').click()")
+        page.wait_for_timeout(300)
+        top = page.evaluate(f"document.getElementById('{name}').getBoundingClientRect().top")
+        last = page.evaluate("scrollY + innerHeight >= document.documentElement.scrollHeight - 2")
+        assert 55 < top < 90 or (last and top < viewport["height"]), name
+        assert page.evaluate("document.querySelector('nav [aria-current]').hash") == f"#{name}"
+
+
 def test_the_theme_is_chosen_and_kept_for_the_session(opened: Any) -> None:
     page = opened(color_scheme="light").ready()
     colour = "getComputedStyle(document.body).backgroundColor"

@@ -71,12 +71,22 @@
 
   // The section that is read, in the navigation.
   const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
+  const current = (id) => { for (const [name, link] of links) name === id ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current"); };
+  let aimed = null;
+  for (const [id, link] of links) on(link, "click", () => {
+    aimed = id;
+    current(id);
+    // What comes to be seen on the way takes the room that it needs only then: the place is looked for again.
+    const again = (times) => times && requestAnimationFrame(() => { at(id).scrollIntoView(); again(times - 1); });
+    again(3);
+  });
+  for (const kind of ["wheel", "touchmove", "keydown"]) on(document, kind, () => { aimed = null; });
   if ("IntersectionObserver" in window) {
     const seen = new Set();
     const watch = new IntersectionObserver((entries) => {
       for (const entry of entries) entry.isIntersecting ? seen.add(entry.target.id) : seen.delete(entry.target.id);
-      const first = [...links.keys()].find((id) => seen.has(id));
-      for (const [id, link] of links) id === first ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current");
+      // The last sections never come to the top: who asked for one is shown that one.
+      if (!aimed) current([...links.keys()].find((id) => seen.has(id)));
     }, { rootMargin: "-80px 0px -60% 0px" });
     for (const id of links.keys()) watch.observe(at(id));
   }
